@@ -1,0 +1,129 @@
+// Package authz decides Kafka requests: one file per API key, each saying what it checks and how a denied part is
+// answered. A handler is a pure function of the request and the policy: no sockets, no clock, no locks.
+//
+// The reference is a broker with StandardAuthorizer: the same error code, at the same level, with the identifier (name
+// or topic id) the client used.
+package authz
+
+import (
+	"github.com/twmb/franz-go/pkg/kmsg"
+
+	"klamm/enforcer/policy"
+)
+
+// TopicID is Kafka's topic id (KIP-516).
+type TopicID = [16]byte
+
+// Topics knows topic ids of one cluster. Name answers from memory and never blocks.
+type Topics interface {
+	Name(id TopicID) (name string, known bool)
+}
+
+// Check is one decision taken for a request, for the audit.
+type Check struct {
+	Type      kmsg.ACLResourceType
+	Name      string
+	Operation kmsg.ACLOperation
+	policy.Decision
+}
+
+// Ctx is what a handler may know beside the request, and what it reports beside its verdict.
+type Ctx struct {
+	View   *policy.View
+	Topics Topics
+
+	Checks  []Check   // every decision, in the order taken
+	Missing []TopicID // ids Topic was asked for and did not know; the session looks them up and calls the handler again
+}
+
+// Allow decides and records one access. In observe mode it answers true for what would be refused.
+func (c *Ctx) Allow(t kmsg.ACLResourceType, name string, op kmsg.ACLOperation) bool {
+	d := c.View.Decide(t, name, op)
+	c.Checks = append(c.Checks, Check{t, name, op, d})
+	return d.Allowed
+}
+
+// AllowTopic is Allow for a topic.
+func (c *Ctx) AllowTopic(name string, op kmsg.ACLOperation) bool {
+	return c.Allow(kmsg.ACLResourceTypeTopic, name, op)
+}
+
+// AllowGroup is Allow for a consumer group.
+func (c *Ctx) AllowGroup(name string, op kmsg.ACLOperation) bool {
+	return c.Allow(kmsg.ACLResourceTypeGroup, name, op)
+}
+
+// AllowTxn is Allow for a transactional id.
+func (c *Ctx) AllowTxn(name string, op kmsg.ACLOperation) bool {
+	return c.Allow(kmsg.ACLResourceTypeTransactionalId, name, op)
+}
+
+// AllowCluster is Allow for the cluster itself, whose resource name is always "kafka-cluster".
+func (c *Ctx) AllowCluster(op kmsg.ACLOperation) bool {
+	return c.Allow(kmsg.ACLResourceTypeCluster, "kafka-cluster", op)
+}
+
+// Visible decides without recording: for filtering lists the client did not name, where a hidden entry is no refusal.
+func (c *Ctx) Visible(t kmsg.ACLResourceType, name string, op kmsg.ACLOperation) bool {
+	return c.View.Decide(t, name, op).Allowed
+}
+
+// Operations is the authorized-operations bit field (KIP-430) the subject has on a resource, limited to the operations
+// Kafka supports for the type; bit n stands for AclOperation code n.
+func (c *Ctx) Operations(t kmsg.ACLResourceType, name string) int32 {
+	var bits int32
+	for _, op := range supportedOperations[t] {
+		if c.View.Decide(t, name, op).Allowed {
+			bits |= 1 << op
+		}
+	}
+	return bits
+}
+
+// supportedOperations is AclEntry.supportedOperations of Apache Kafka.
+var supportedOperations = map[kmsg.ACLResourceType][]kmsg.ACLOperation{
+	kmsg.ACLResourceTypeTopic: {kmsg.ACLOperationRead, kmsg.ACLOperationWrite, kmsg.ACLOperationCreate, kmsg.ACLOperationDescribe,
+		kmsg.ACLOperationDelete, kmsg.ACLOperationAlter, kmsg.ACLOperationDescribeConfigs, kmsg.ACLOperationAlterConfigs},
+	kmsg.ACLResourceTypeGroup: {kmsg.ACLOperationRead, kmsg.ACLOperationDescribe, kmsg.ACLOperationDelete,
+		kmsg.ACLOperationDescribeConfigs, kmsg.ACLOperationAlterConfigs},
+	kmsg.ACLResourceTypeCluster: {kmsg.ACLOperationCreate, kmsg.ACLOperationClusterAction, kmsg.ACLOperationDescribeConfigs,
+		kmsg.ACLOperationAlterConfigs, kmsg.ACLOperationIdempotentWrite, kmsg.ACLOperationAlter, kmsg.ACLOperationDescribe},
+}
+
+// Topic is the name of a topic id, recording a miss. An id that stays unknown after the look-up is one the cluster does
+// not have: answer UNKNOWN_TOPIC_ID for it.
+func (c *Ctx) Topic(id TopicID) (string, bool) {
+	name, ok := c.Topics.Name(id)
+	if !ok {
+		c.Missing = append(c.Missing, id)
+	}
+	return name, ok
+}
+
+// Verdict is what happens to a request. Exactly one of these forms:
+//
+//	Verdict{}                          forward the original bytes, relay the answer's bytes
+//	Verdict{Edit: f}                   forward the original bytes, change the answer
+//	Verdict{Forward: req, Edit: f}     split: forward a re-encoded part, merge the rest into the answer
+//	Verdict{Answer: resp}              our answer; the broker never hears of the request
+//	Verdict{Close: reason}             close the connection: no answer can say it (acks=0)
+type Verdict struct {
+	Forward kmsg.Request
+	Edit    func(c *Ctx, broker kmsg.Response)
+	Answer  kmsg.Response
+	Close   string
+	// Barrier keeps later requests of the connection unread until this one is answered: who the client is, or which
+	// session it has, depends on the answer.
+	Barrier bool
+}
+
+// API is one row of the version table: the versions we speak and who decides them.
+type API struct {
+	Min, Max int16
+	Decide   func(c *Ctx, req kmsg.Request) Verdict
+}
+
+// handle adapts a typed handler to the table.
+func handle[R kmsg.Request](f func(*Ctx, R) Verdict) func(*Ctx, kmsg.Request) Verdict {
+	return func(c *Ctx, req kmsg.Request) Verdict { return f(c, req.(R)) }
+}
