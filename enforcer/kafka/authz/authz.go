@@ -6,6 +6,8 @@
 package authz
 
 import (
+	"encoding/base64"
+
 	"github.com/twmb/franz-go/pkg/kmsg"
 
 	"klamm/enforcer/policy"
@@ -29,8 +31,10 @@ type Check struct {
 
 // Ctx is what a handler may know beside the request, and what it reports beside its verdict.
 type Ctx struct {
-	View   *policy.View
-	Topics Topics
+	View     *policy.View
+	Topics   Topics
+	Resolved bool          // ids in Missing have been looked up: what is still unknown, the cluster does not have
+	Fetch    *FetchSession // the connection's fetch session, replaced by the fetch handler; nil without one
 
 	Checks  []Check   // every decision, in the order taken
 	Missing []TopicID // ids Topic was asked for and did not know; the session looks them up and calls the handler again
@@ -60,7 +64,7 @@ func (c *Ctx) AllowTxn(name string, op kmsg.ACLOperation) bool {
 
 // AllowCluster is Allow for the cluster itself, whose resource name is always "kafka-cluster".
 func (c *Ctx) AllowCluster(op kmsg.ACLOperation) bool {
-	return c.Allow(kmsg.ACLResourceTypeCluster, "kafka-cluster", op)
+	return c.Allow(kmsg.ACLResourceTypeCluster, clusterName, op)
 }
 
 // Visible decides without recording: for filtering lists the client did not name, where a hidden entry is no refusal.
@@ -91,10 +95,14 @@ var supportedOperations = map[kmsg.ACLResourceType][]kmsg.ACLOperation{
 }
 
 // Topic is the name of a topic id, recording a miss. An id that stays unknown after the look-up is one the cluster does
-// not have: answer UNKNOWN_TOPIC_ID for it.
+// not have: answer UNKNOWN_TOPIC_ID for it. That refusal goes on record under the id.
 func (c *Ctx) Topic(id TopicID) (string, bool) {
 	name, ok := c.Topics.Name(id)
-	if !ok {
+	switch {
+	case ok:
+	case c.Resolved:
+		c.Checks = append(c.Checks, Check{Type: kmsg.ACLResourceTypeTopic, Name: "id " + base64.RawURLEncoding.EncodeToString(id[:])})
+	default:
 		c.Missing = append(c.Missing, id)
 	}
 	return name, ok

@@ -1,0 +1,40 @@
+package audit
+
+// Reason says why a connection or a request was refused. Each is counted and audited under this name.
+type Reason string
+
+// The reasons.
+const (
+	NoIdentity         Reason = "identity"           // who connected could not be established
+	NoCluster          Reason = "no_cluster"         // the destination belongs to no configured cluster
+	BrokerUnreachable  Reason = "broker_unreachable" // the dial to the original destination failed
+	TooManyConnections Reason = "too_many_connections"
+	TLSRefused         Reason = "tls"                 // the client speaks TLS, which cannot be read
+	BadFrame           Reason = "bad_frame"           // not a Kafka frame, or larger than the limit
+	UnknownAPI         Reason = "unknown_api"         // an API key nobody knows
+	UnsupportedVersion Reason = "unsupported_version" // an API key or version we do not decide
+	Undecodable        Reason = "undecodable"         // the body does not parse as what the header says
+	Denied             Reason = "denied"              // the policy refuses it, and no answer can say so
+	OutOfMemory        Reason = "memory"              // the memory budget has no room for the frame
+	BadAnswer          Reason = "bad_answer"          // the broker's answer is none to what was asked
+	AuditFailed        Reason = "audit"               // the audit line could not be written
+	Internal           Reason = "internal"            // a defect of ours; the connection is closed, nothing passes
+)
+
+// Reasons are all reasons with what an operator can do, for the audit line and the counters.
+var Reasons = map[Reason]string{
+	NoIdentity:         "the process ended or changed while it was being identified; a client that retries will be identified anew",
+	NoCluster:          "if this is a broker of yours, add it under clusters in klamm.yaml",
+	BrokerUnreachable:  "check the broker and the route to it from this host",
+	TooManyConnections: "raise limits.connections in klamm.yaml, or find the client that opens them",
+	TLSRefused:         "let the client speak plaintext to the node; TLS clients are refused until termination is configured",
+	BadFrame:           "the client does not speak Kafka, or sends frames above limits.max-frame",
+	UnknownAPI:         "the client uses an API key that Kafka does not have; nothing to do",
+	UnsupportedVersion: "the client ignored ApiVersions; upgrade it or the node",
+	Undecodable:        "the client's request is malformed; look for a proxy or a bug on its side",
+	Denied:             "grant it in the policy if it is wanted; klamm policy explain tells which rule is missing",
+	OutOfMemory:        "raise limits.memory in klamm.yaml, or lower the clients' request and fetch sizes",
+	BadAnswer:          "the broker's answer does not match the request; look at what is between the node and the broker",
+	AuditFailed:        "make room for, or repair, the audit destination; nothing passes without its audit line",
+	Internal:           "please report it, with the audit line",
+}

@@ -1,0 +1,111 @@
+// Package enforcer is the data path and all that decides on it. It is given connections whose client is known and whose
+// broker is dialled; it knows neither how they were redirected nor how the client was identified.
+package enforcer
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"klamm/enforcer/audit"
+	"klamm/enforcer/kafka"
+	"klamm/enforcer/kafka/wire"
+	"klamm/enforcer/policy"
+	"klamm/spiffe"
+)
+
+// Options configure an Enforcer. All fields are required.
+type Options struct {
+	Policy   *policy.Policy
+	Audit    *audit.Log
+	MaxFrame int   // largest request frame, in bytes
+	Memory   int64 // bytes for frames that are held whole, half for requests and half for answers
+	Metrics  prometheus.Registerer
+}
+
+// Enforcer enforces one policy on all connections of a node.
+type Enforcer struct {
+	audit  *audit.Log
+	policy atomic.Pointer[policy.Policy]
+	kafka  kafka.Shared
+}
+
+// New makes an Enforcer.
+func New(o Options) *Enforcer {
+	e := &Enforcer{audit: o.Audit}
+	e.policy.Store(o.Policy)
+	e.kafka = kafka.Shared{
+		Policy:   &e.policy,
+		Requests: wire.NewBudget(o.Memory / 2),
+		Answers:  wire.NewBudget(o.Memory / 2),
+		MaxFrame: o.MaxFrame,
+		Metrics:  kafka.NewMetrics(o.Metrics),
+	}
+	return e
+}
+
+// SetPolicy replaces the policy; every connection decides by it from its next frame on.
+func (e *Enforcer) SetPolicy(p *policy.Policy) { e.policy.Store(p) }
+
+// Client is the client side of a connection.
+type Client struct {
+	ID          string // unique on this node
+	Identity    spiffe.Identity
+	Destination netip.AddrPort // the broker the client connected to
+	Cluster     string         // the configured cluster it belongs to; empty when there is none
+}
+
+func (c *Client) subject() audit.Subject {
+	return audit.Subject{Connection: c.ID, Cluster: c.Cluster, Destination: c.Destination.String(), Identity: c.Identity}
+}
+
+// Conn is a connection to enforce policy on.
+type Conn struct {
+	Client
+	Downstream, Upstream net.Conn
+	Kafka                kafka.Cluster
+}
+
+// Serve enforces policy on a connection until it ends, and closes both its sides.
+func (e *Enforcer) Serve(ctx context.Context, c Conn) error {
+	started := time.Now()
+	trail := e.audit.Trail(c.subject())
+	trail.Line("connection", audit.Allow).Str("state", "open").Send()
+	if err := trail.Flush(); err != nil {
+		e.kafka.Metrics.Refuse(audit.AuditFailed)
+		_ = c.Downstream.Close()
+		_ = c.Upstream.Close()
+		return err
+	}
+	subject := policy.Subject{Cluster: c.Cluster}
+	if id := c.Identity.ID; !id.IsZero() {
+		subject.SPIFFE = id.String()
+	}
+	if host, ok := c.Upstream.LocalAddr().(*net.TCPAddr); ok {
+		subject.Host = host.AddrPort().Addr().Unmap() // what the broker sees, and would have seen without us
+	}
+	err := kafka.Serve(ctx, &e.kafka, kafka.Conn{Client: c.Downstream, Broker: c.Upstream, Cluster: c.Kafka,
+		Policy: subject, Audit: e.audit, Subject: c.subject()})
+	line := trail.Line("connection", audit.Allow).Str("state", "closed").Dur("duration_ms", time.Since(started))
+	if err != nil {
+		line = line.Str("error", err.Error())
+	}
+	line.Send()
+	if ferr := trail.Flush(); err == nil {
+		err = ferr
+	}
+	return err
+}
+
+// Refuse puts on record that a connection is refused before a byte of it is read. The caller closes it.
+func (e *Enforcer) Refuse(c Client, reason audit.Reason, cause error) error {
+	e.kafka.Metrics.Refuse(reason)
+	trail := e.audit.Trail(c.subject())
+	trail.Line("refusal", audit.Deny).Str("reason", string(reason)).Str("error", cause.Error()).
+		Str("hint", audit.Reasons[reason]).Send()
+	return trail.Flush()
+}

@@ -1,0 +1,225 @@
+// Package wire is Kafka's framing: bytes in place, headers, the version of each, and answers in the order of requests.
+package wire
+
+import (
+	"io"
+	"net"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Pipe is one direction of a connection. Bytes are read into one buffer, judged there, and written from there: Pass,
+// Drop and Emit only note what is to go out; it goes out in one write when the pipe has to read more (or on Flush). A
+// Pipe belongs to one goroutine.
+type Pipe struct {
+	src io.Reader
+	raw syscall.RawConn // of src, where it is a socket: lets an idle pipe wait without a buffer
+	dst io.Writer
+
+	budget *Budget
+	share  int64 // bytes of budget the present buffer holds
+
+	buf  *[]byte
+	r, w int // buf[r:w] is read and not yet judged
+
+	out  net.Buffers // judged, in order, not yet written; parts of buf or of others
+	vec  net.Buffers // out while it is written: WriteTo consumes its receiver
+	open bool        // the last element of out ends at buf[r]
+
+	before, after func() error
+
+	readable func(fd uintptr) bool
+	n        int
+	err      error
+}
+
+// NewPipe carries src to dst. Before runs ahead of every write, after behind it; either may be nil, and an error of
+// either ends the flush.
+func NewPipe(src io.Reader, dst io.Writer, budget *Budget, before, after func() error) *Pipe {
+	p := &Pipe{src: src, dst: dst, budget: budget, before: before, after: after}
+	if sc, ok := src.(syscall.Conn); ok {
+		if raw, err := sc.SyscallConn(); err == nil {
+			p.raw = raw
+		}
+	}
+	p.readable = p.tryRead
+	return p
+}
+
+// Buffered is how many read bytes are not judged yet.
+func (p *Pipe) Buffered() int { return p.w - p.r }
+
+// Need returns the next n bytes in place, after reading as much as that takes. What was judged before is written first
+// when it has to read. The bytes are valid until the next Need. io.EOF means the source ended between two frames.
+func (p *Pipe) Need(n int) ([]byte, error) {
+	for p.w-p.r < n {
+		if err := p.Flush(); err != nil {
+			return nil, err
+		}
+		if err := p.room(n); err != nil {
+			return nil, err
+		}
+		if err := p.fill(); err != nil {
+			if err == io.EOF && p.w > p.r {
+				err = io.ErrUnexpectedEOF
+			}
+			return nil, err
+		}
+	}
+	return (*p.buf)[p.r : p.r+n : p.r+n], nil
+}
+
+// Pass lets the next n bytes through; they must have been returned by Need.
+func (p *Pipe) Pass(n int) {
+	if n == 0 {
+		return
+	}
+	if p.open {
+		last := &p.out[len(p.out)-1]
+		*last = (*last)[:len(*last)+n]
+	} else {
+		p.out = append(p.out, (*p.buf)[p.r:p.r+n])
+		p.open = true
+	}
+	p.r += n
+}
+
+// Drop discards the next n bytes; they must have been returned by Need.
+func (p *Pipe) Drop(n int) {
+	p.r += n
+	p.open = false
+}
+
+// Emit sends b behind what was passed so far. The pipe keeps b until the next flush.
+func (p *Pipe) Emit(b []byte) {
+	p.out = append(p.out, b)
+	p.open = false
+}
+
+// Flush writes what was passed and emitted.
+func (p *Pipe) Flush() error {
+	if len(p.out) == 0 {
+		return nil
+	}
+	if p.before != nil {
+		if err := p.before(); err != nil {
+			return err
+		}
+	}
+	var err error
+	if len(p.out) == 1 {
+		_, err = p.dst.Write(p.out[0])
+	} else {
+		p.vec = p.out
+		_, err = p.vec.WriteTo(p.dst)
+	}
+	clear(p.out)
+	p.out, p.open = p.out[:0], false
+	if err != nil || p.after == nil {
+		return err
+	}
+	return p.after()
+}
+
+// Close gives the buffer and its budget back. The pipe must not be used after it.
+func (p *Pipe) Close() {
+	p.out, p.r, p.w = nil, 0, 0
+	p.release()
+}
+
+// room makes space for n unjudged bytes. Nothing waits to be written, so all before r is free.
+func (p *Pipe) room(n int) error {
+	if p.r == p.w {
+		p.r, p.w = 0, 0
+		if p.share > 0 && n <= BaseBuffer {
+			p.release()
+		}
+	}
+	if p.buf == nil {
+		return p.take(n)
+	}
+	if len(*p.buf) >= n {
+		if len(*p.buf)-p.r < n {
+			p.w = copy(*p.buf, (*p.buf)[p.r:p.w])
+			p.r = 0
+		}
+		return nil
+	}
+	old, r, w := p.buf, p.r, p.w
+	share := p.share
+	if err := p.take(n); err != nil {
+		return err
+	}
+	p.r, p.w = 0, copy(*p.buf, (*old)[r:w])
+	putBuffer(old)
+	p.budget.Release(share)
+	return nil
+}
+
+func (p *Pipe) take(n int) error {
+	var share int64
+	if n > BaseBuffer {
+		share = int64(BaseBuffer << class(n))
+		if err := p.budget.Acquire(share); err != nil {
+			return err
+		}
+	}
+	p.buf, p.share = getBuffer(n), share
+	return nil
+}
+
+func (p *Pipe) release() {
+	if p.buf == nil {
+		return
+	}
+	putBuffer(p.buf)
+	p.buf = nil
+	p.budget.Release(p.share)
+	p.share = 0
+}
+
+func (p *Pipe) fill() error {
+	if p.raw == nil {
+		if p.buf == nil {
+			p.buf = getBuffer(0)
+		}
+		n, err := p.src.Read((*p.buf)[p.w:])
+		p.w += n
+		if n > 0 {
+			return nil
+		}
+		return err
+	}
+	if err := p.raw.Read(p.readable); err != nil {
+		return err
+	}
+	p.w += p.n
+	return p.err
+}
+
+// tryRead reads what the socket has. When it has nothing and nothing is pending, the buffer goes back to the pool for
+// as long as the wait lasts: an idle connection holds none.
+func (p *Pipe) tryRead(fd uintptr) bool {
+	if p.buf == nil {
+		p.buf = getBuffer(0)
+	}
+	for {
+		p.n, p.err = unix.Read(int(fd), (*p.buf)[p.w:])
+		switch {
+		case p.err == unix.EINTR:
+			continue
+		case p.err == unix.EAGAIN:
+			if p.r == p.w {
+				p.r, p.w = 0, 0
+				p.release()
+			}
+			return false
+		case p.err != nil:
+			p.n = 0
+		case p.n == 0:
+			p.err = io.EOF
+		}
+		return true
+	}
+}
