@@ -11,28 +11,59 @@ type Subject struct {
 	Cluster   string     // name of the configured cluster the connection goes to
 	SPIFFE    string     // "spiffe://…", empty when the workload has no SPIFFE ID
 	Principal string     // SASL principal as Kafka writes it, "User:alice"; empty before the broker accepted it
-	Host      netip.Addr // address the broker would have seen without us
+	Host      netip.Addr // address the broker would have seen without us; the zero Addr is in no network
 }
+
+// anonymous tells that nothing is known about who the subject is.
+func (s *Subject) anonymous() bool { return s.SPIFFE == "" && s.Principal == "" }
 
 // Decision is the outcome for one (resource, operation). The zero value refuses.
 type Decision struct {
-	Allowed   bool   // let it pass
-	WouldDeny bool   // it passes only because the rule set that refuses it is in observe mode
-	Rule      string // name of the rule that decided; empty when nothing matched (default deny)
+	Allowed   bool // let it pass
+	WouldDeny bool // it passes only because the rule set that refuses it is in observe mode
+	// Rule is the name of the rule that decided: the first in the order of the files that denies, else the first that
+	// allows. Where WouldDeny is set it is the rule that would deny. Empty when nothing matched (default deny).
+	Rule string
+}
+
+// View is what one subject may do: the rules that name it, compiled. Immutable, shared by connections. A nil or zero
+// View refuses everything.
+type View struct {
+	trees     [resourceCodes]tree
+	decisions []Decision
 }
 
 // Decide tells whether the view's subject may do op on the resource. It walks the name once, whatever the number of
 // rules, and allocates nothing. Implied operations follow Kafka's AclEntry: Read, Write, Delete and Alter imply
 // Describe; AlterConfigs implies DescribeConfigs; deny wins over allow.
 func (v *View) Decide(t kmsg.ACLResourceType, name string, op kmsg.ACLOperation) Decision {
-	panic("contract only")
+	tree := v.tree(t, op)
+	if tree == nil {
+		return Decision{}
+	}
+	return v.decisions[tree.rows[tree.find(name)][op]]
 }
 
 // DecideAny tells whether op is allowed on at least one resource of the type: Kafka's Authorizer.authorizeByResourceType
-// (KIP-679), which InitProducerId uses.
+// (KIP-679), which InitProducerId uses. As there, an allow counts unless a deny covers its whole pattern, and operations
+// that are only implied count for the pattern "*" alone.
 func (v *View) DecideAny(t kmsg.ACLResourceType, op kmsg.ACLOperation) Decision {
-	panic("contract only")
+	tree := v.tree(t, op)
+	if tree == nil {
+		return Decision{}
+	}
+	return v.decisions[tree.any[op]]
 }
 
-// View is what one subject may do: the rules that name it, compiled. Immutable, shared by connections.
-type View struct{}
+// tree is nil where there is nothing to look up.
+func (v *View) tree(t kmsg.ACLResourceType, op kmsg.ACLOperation) *tree {
+	if v == nil || !concrete(t, op) || v.trees[t].nodes == nil {
+		return nil
+	}
+	return &v.trees[t]
+}
+
+// concrete tells whether these are codes of Kafka's a request can be about.
+func concrete(t kmsg.ACLResourceType, op kmsg.ACLOperation) bool {
+	return t >= kmsg.ACLResourceTypeTopic && t < resourceCodes && op >= kmsg.ACLOperationRead && op < operationCodes
+}

@@ -1,6 +1,8 @@
 package authz
 
 import (
+	"maps"
+	"slices"
 	"sync/atomic"
 
 	"github.com/twmb/franz-go/pkg/kerr"
@@ -143,10 +145,12 @@ func (m *FetchSession) reconsider(c *Ctx, up *upstreamFetch, listed map[*fetchPa
 		return
 	}
 	m.view = c.View
-	for key, parts := range m.parts {
+	for _, key := range slices.Sorted(maps.Keys(m.parts)) {
+		parts := m.parts[key]
 		name, id := m.unkey(key)
 		refused, decided := int16(0), false
-		for n, p := range parts {
+		for _, n := range slices.Sorted(maps.Keys(parts)) {
+			p := parts[n]
 			if listed[p] || (!changed && p.refused != kerr.UnknownTopicID.Code) {
 				continue
 			}
@@ -246,11 +250,12 @@ func (m *FetchSession) edit() func(*Ctx, kmsg.Response) {
 }
 
 func (m *FetchSession) appendRefused(resp *kmsg.FetchResponse) {
-	for key, parts := range m.parts {
+	for _, key := range slices.Sorted(maps.Keys(m.parts)) {
+		parts := m.parts[key]
 		t := kmsg.NewFetchResponseTopic()
 		t.Topic, t.TopicID = m.unkey(key)
-		for n, p := range parts {
-			if p.refused != 0 {
+		for _, n := range slices.Sorted(maps.Keys(parts)) {
+			if p := parts[n]; p.refused != 0 {
 				t.Partitions = append(t.Partitions, refusedPartition(n, p.refused))
 			}
 		}

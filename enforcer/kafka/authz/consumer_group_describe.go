@@ -1,0 +1,57 @@
+package authz
+
+import (
+	"slices"
+
+	"github.com/twmb/franz-go/pkg/kerr"
+	"github.com/twmb/franz-go/pkg/kmsg"
+)
+
+// consumerGroupDescribe (KIP-848): Group Describe. Refused groups come before the broker's. A group with an assigned
+// topic the subject may not describe is replaced by the error alone, as Kafka does from 4.0.
+func consumerGroupDescribe(c *Ctx, req *kmsg.ConsumerGroupDescribeRequest) Verdict {
+	kept, out := sift(req.Groups, func(group *string) *kerr.Error {
+		return c.judgeGroup(*group, kmsg.ACLOperationDescribe)
+	})
+	forward, part := *req, *req
+	forward.Groups = kept
+	var refused []kmsg.ConsumerGroupDescribeResponseGroup
+	for _, o := range out {
+		part.Groups = o.entries
+		refused = append(refused, Refuse(&part, o.err, "").(*kmsg.ConsumerGroupDescribeResponse).Groups...)
+	}
+	merge := func(c *Ctx, resp *kmsg.ConsumerGroupDescribeResponse) {
+		described := make(map[string]bool)
+		for i := range resp.Groups {
+			group := &resp.Groups[i]
+			if !c.describesAssigned(group, described) {
+				part.Groups = []string{group.Group}
+				*group = Refuse(&part, kerr.TopicAuthorizationFailed, "The group has described topic(s) that the client is "+
+					"not authorized to describe.").(*kmsg.ConsumerGroupDescribeResponse).Groups[0]
+			}
+			c.limitGroupOperations(group.Group, &group.AuthorizedOperations)
+		}
+		resp.Groups = slices.Concat(refused, resp.Groups)
+	}
+	if len(out) > 0 {
+		return partly(c, &forward, len(kept), merge)
+	}
+	return Verdict{Edit: edit(merge)}
+}
+
+// describesAssigned tells whether the subject may describe every topic assigned in the group. decided keeps the
+// outcomes, so that a topic is decided, and audited, once.
+func (c *Ctx) describesAssigned(group *kmsg.ConsumerGroupDescribeResponseGroup, decided map[string]bool) bool {
+	all := true
+	for _, m := range group.Members {
+		for _, t := range slices.Concat(m.Assignment.TopicPartitions, m.TargetAssignment.TopicPartitions) {
+			allowed, known := decided[t.Topic]
+			if !known {
+				allowed = c.AllowTopic(t.Topic, kmsg.ACLOperationDescribe)
+				decided[t.Topic] = allowed
+			}
+			all = all && allowed
+		}
+	}
+	return all
+}

@@ -1,0 +1,58 @@
+package authz
+
+import (
+	"fmt"
+
+	"github.com/twmb/franz-go/pkg/kerr"
+	"github.com/twmb/franz-go/pkg/kmsg"
+)
+
+// describeConfigs: DescribeConfigs on the topic or group, and on the cluster for brokers, their loggers and client
+// metrics. A resource type Kafka does not know refuses the whole request.
+func describeConfigs(c *Ctx, req *kmsg.DescribeConfigsRequest) Verdict {
+	for i := range req.Resources {
+		kind := req.Resources[i].ResourceType
+		if _, known := configRights[kind]; !known {
+			return Verdict{Answer: Refuse(req, kerr.InvalidRequest, fmt.Sprintf("Unexpected resource type %d", kind))}
+		}
+	}
+	kept, out := sift(req.Resources, func(r *kmsg.DescribeConfigsRequestResource) *kerr.Error {
+		right := configRights[r.ResourceType]
+		name := r.ResourceName
+		if right.resource == kmsg.ACLResourceTypeCluster {
+			name = clusterName
+		}
+		if !c.Allow(right.resource, name, kmsg.ACLOperationDescribeConfigs) {
+			return right.err
+		}
+		return nil
+	})
+	if len(out) == 0 {
+		return Verdict{}
+	}
+	forward, part := *req, *req
+	forward.Resources = kept
+	var refused []kmsg.DescribeConfigsResponseResource
+	for _, o := range out {
+		part.Resources = o.entries
+		msg := configRights[o.entries[0].ResourceType].msg
+		refused = append(refused, Refuse(&part, o.err, msg).(*kmsg.DescribeConfigsResponse).Resources...)
+	}
+	return partly(c, &forward, len(kept), func(_ *Ctx, resp *kmsg.DescribeConfigsResponse) {
+		resp.Resources = append(resp.Resources, refused...)
+	})
+}
+
+// configRights is the resource whose DescribeConfigs opens a kind of config. The numbers of config resources are not
+// those of ACL resources.
+var configRights = map[kmsg.ConfigResourceType]struct {
+	resource kmsg.ACLResourceType
+	err      *kerr.Error
+	msg      string
+}{
+	kmsg.ConfigResourceTypeTopic:         {kmsg.ACLResourceTypeTopic, kerr.TopicAuthorizationFailed, topicAuthorizationFailed},
+	kmsg.ConfigResourceTypeGroupConfig:   {kmsg.ACLResourceTypeGroup, kerr.GroupAuthorizationFailed, groupAuthorizationFailed},
+	kmsg.ConfigResourceTypeBroker:        {kmsg.ACLResourceTypeCluster, kerr.ClusterAuthorizationFailed, clusterAuthorizationFailed},
+	kmsg.ConfigResourceTypeBrokerLogger:  {kmsg.ACLResourceTypeCluster, kerr.ClusterAuthorizationFailed, clusterAuthorizationFailed},
+	kmsg.ConfigResourceTypeClientMetrics: {kmsg.ACLResourceTypeCluster, kerr.ClusterAuthorizationFailed, clusterAuthorizationFailed},
+}

@@ -1,0 +1,154 @@
+package authz
+
+import (
+	"slices"
+
+	"github.com/twmb/franz-go/pkg/kerr"
+	"github.com/twmb/franz-go/pkg/kmsg"
+)
+
+// metadata: Topic Describe. Topics the client did not name are left out of the answer; named ones are refused each with
+// the identifier the client used. Whatever is refused, brokers, cluster id and controller still come from the broker.
+//
+// Auto-creation takes Create on the cluster or the topic. Whether a topic exists, only the broker knows: when one of
+// those named may not be created, the request goes out with auto-creation off for all, and a topic that proves missing
+// is TOPIC_AUTHORIZATION_FAILED where it may not be created, as from a broker with auto.create.topics.enable, which is
+// Kafka's default. The others are created by the first request that names them alone.
+func metadata(c *Ctx, req *kmsg.MetadataRequest) Verdict {
+	if allTopics(req) {
+		return Verdict{Edit: edit(func(c *Ctx, resp *kmsg.MetadataResponse) {
+			c.keepVisible(resp)
+			c.limitMetadataOperations(resp)
+		})}
+	}
+	entries, same, valid := metadataTopics(req)
+	if !valid {
+		return Verdict{Answer: Refuse(req, kerr.InvalidRequest, "")}
+	}
+	kept, out := sift(entries, func(t *kmsg.MetadataRequestTopic) *kerr.Error {
+		if t.Topic == nil {
+			return c.judgeTopic(true, "", t.TopicID, kmsg.ACLOperationDescribe)
+		}
+		return c.judgeTopic(false, *t.Topic, t.TopicID, kmsg.ACLOperationDescribe)
+	})
+	forward, part := *req, *req
+	forward.Topics = kept
+	var refused []kmsg.MetadataResponseTopic
+	for _, o := range out {
+		part.Topics = o.entries
+		refused = append(refused, Refuse(&part, o.err, "").(*kmsg.MetadataResponse).Topics...)
+	}
+
+	noCreate := c.noCreate(req, kept)
+	// What cannot be said in an old version, namely "no topic" (v0) and "create none" (below v4), is asked as "all
+	// topics", and the answer cut down to what the client named.
+	all := req.Version == 0 && len(kept) == 0 && len(out) > 0 || req.Version < 4 && len(noCreate) > 0
+	if all {
+		forward.Topics = nil
+	}
+	forward.AllowAutoTopicCreation = req.AllowAutoTopicCreation && len(noCreate) == 0
+
+	v := Verdict{}
+	if all || !same || len(out) > 0 || forward.AllowAutoTopicCreation != req.AllowAutoTopicCreation {
+		v.Forward = &forward
+	}
+	if v.Forward != nil || req.IncludeTopicAuthorizedOperations || req.IncludeClusterAuthorizedOperations {
+		v.Edit = edit(func(c *Ctx, resp *kmsg.MetadataResponse) {
+			if all {
+				keepNamed(resp, kept)
+			}
+			c.refuseMissing(resp, noCreate)
+			c.limitMetadataOperations(resp)
+			resp.Topics = append(resp.Topics, refused...)
+		})
+	}
+	return v
+}
+
+func allTopics(req *kmsg.MetadataRequest) bool {
+	return req.Topics == nil || req.Version == 0 && len(req.Topics) == 0
+}
+
+// metadataTopics are the entries a broker looks at, and whether those are the request's: from version 12 on, when one
+// has an id, only ids count, and names beside them go out to nobody. An entry without name and id, or with an id below
+// version 12, is not valid.
+func metadataTopics(req *kmsg.MetadataRequest) (entries []kmsg.MetadataRequestTopic, same, valid bool) {
+	byID := false
+	for _, t := range req.Topics {
+		hasID := t.TopicID != TopicID{}
+		if hasID && req.Version < 12 || t.Topic == nil && !hasID {
+			return nil, false, false
+		}
+		byID = byID || hasID
+	}
+	if !byID {
+		return req.Topics, true, true
+	}
+	same = true
+	for _, t := range req.Topics {
+		same = same && t.Topic == nil
+		if (t.TopicID != TopicID{}) {
+			t.Topic = nil
+			entries = append(entries, t)
+		}
+	}
+	return entries, same, true
+}
+
+// noCreate are those of the named topics that the request would create, were they missing, without the right to.
+func (c *Ctx) noCreate(req *kmsg.MetadataRequest, topics []kmsg.MetadataRequestTopic) (names []string) {
+	if req.Version >= 4 && !req.AllowAutoTopicCreation ||
+		c.Visible(kmsg.ACLResourceTypeCluster, clusterName, kmsg.ACLOperationCreate) {
+		return nil
+	}
+	for _, t := range topics {
+		if t.Topic != nil && !c.Visible(kmsg.ACLResourceTypeTopic, *t.Topic, kmsg.ACLOperationCreate) {
+			names = append(names, *t.Topic)
+		}
+	}
+	return names
+}
+
+// refuseMissing answers for the topics that would have had to be created. Only now is it known that a right was missing.
+func (c *Ctx) refuseMissing(resp *kmsg.MetadataResponse, noCreate []string) {
+	for i := range resp.Topics {
+		t := &resp.Topics[i]
+		missing := t.ErrorCode == kerr.UnknownTopicOrPartition.Code || t.ErrorCode == kerr.InvalidTopicException.Code
+		if missing && t.Topic != nil && slices.Contains(noCreate, *t.Topic) &&
+			!c.allowTopicOrCluster(*t.Topic, kmsg.ACLOperationCreate) {
+			t.ErrorCode, t.TopicID, t.AuthorizedOperations = kerr.TopicAuthorizationFailed.Code, TopicID{}, noOperations
+		}
+	}
+}
+
+// keepNamed cuts an answer about all topics down to the named ones. Those not in it do not exist.
+func keepNamed(resp *kmsg.MetadataResponse, named []kmsg.MetadataRequestTopic) {
+	var topics []kmsg.MetadataResponseTopic
+	for _, n := range named {
+		at := slices.IndexFunc(resp.Topics, func(t kmsg.MetadataResponseTopic) bool {
+			return t.Topic != nil && *t.Topic == *n.Topic
+		})
+		if at >= 0 {
+			topics = append(topics, resp.Topics[at])
+			continue
+		}
+		t := kmsg.NewMetadataResponseTopic()
+		t.Topic, t.ErrorCode = n.Topic, kerr.UnknownTopicOrPartition.Code
+		topics = append(topics, t)
+	}
+	resp.Topics = topics
+}
+
+// keepVisible leaves out the topics the subject may not Describe.
+func (c *Ctx) keepVisible(resp *kmsg.MetadataResponse) {
+	resp.Topics = slices.DeleteFunc(resp.Topics, func(t kmsg.MetadataResponseTopic) bool {
+		return t.Topic == nil || !c.Visible(kmsg.ACLResourceTypeTopic, *t.Topic, kmsg.ACLOperationDescribe)
+	})
+}
+
+func (c *Ctx) limitMetadataOperations(resp *kmsg.MetadataResponse) {
+	for i := range resp.Topics {
+		c.limitTopicOperations(resp.Topics[i].Topic, &resp.Topics[i].AuthorizedOperations)
+	}
+	c.limitClusterOperations(&resp.AuthorizedOperations)
+}

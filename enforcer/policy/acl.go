@@ -1,0 +1,143 @@
+package policy
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/twmb/franz-go/pkg/kmsg"
+
+	"klamm/enforcer/policy/strict"
+)
+
+const (
+	operationCodes = 15 // AclOperation codes 0 (UNKNOWN) to 14 (DESCRIBE_TOKENS)
+	resourceCodes  = 8  // ResourceType codes 0 (UNKNOWN) to 7 (USER)
+)
+
+// operations is a set of AclOperation: bit n stands for code n.
+type operations uint16
+
+func setOf(ops ...kmsg.ACLOperation) operations {
+	var set operations
+	for _, op := range ops {
+		set |= 1 << op
+	}
+	return set
+}
+
+func (o operations) has(op kmsg.ACLOperation) bool { return o>>op&1 != 0 }
+
+// operationNames are the names of AclOperation as kafka-acls.sh writes them, by code.
+var operationNames = [operationCodes]string{
+	kmsg.ACLOperationAll:             "All",
+	kmsg.ACLOperationRead:            "Read",
+	kmsg.ACLOperationWrite:           "Write",
+	kmsg.ACLOperationCreate:          "Create",
+	kmsg.ACLOperationDelete:          "Delete",
+	kmsg.ACLOperationAlter:           "Alter",
+	kmsg.ACLOperationDescribe:        "Describe",
+	kmsg.ACLOperationClusterAction:   "ClusterAction",
+	kmsg.ACLOperationDescribeConfigs: "DescribeConfigs",
+	kmsg.ACLOperationAlterConfigs:    "AlterConfigs",
+	kmsg.ACLOperationIdempotentWrite: "IdempotentWrite",
+	kmsg.ACLOperationCreateTokens:    "CreateTokens",
+	kmsg.ACLOperationDescribeTokens:  "DescribeTokens",
+}
+
+func (o operations) names() []string {
+	var names []string
+	for op, name := range operationNames {
+		if o.has(kmsg.ACLOperation(op)) {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+func (o operations) String() string { return strings.Join(o.names(), ", ") }
+
+const every operations = (1<<operationCodes - 1) &^ 3 // all codes but UNKNOWN and ANY
+
+// effective is what an ACL with these operations applies to: All stands for every operation, and where implied is set
+// (ALLOW) Read, Write, Delete and Alter imply Describe, AlterConfigs implies DescribeConfigs. A DENY implies nothing.
+// The rule is StandardAuthorizerData.findResult of Apache Kafka 4.
+func (o operations) effective(implied bool) operations {
+	if o.has(kmsg.ACLOperationAll) {
+		return every
+	}
+	if implied && o&setOf(kmsg.ACLOperationRead, kmsg.ACLOperationWrite, kmsg.ACLOperationDelete, kmsg.ACLOperationAlter) != 0 {
+		o |= setOf(kmsg.ACLOperationDescribe)
+	}
+	if implied && o.has(kmsg.ACLOperationAlterConfigs) {
+		o |= setOf(kmsg.ACLOperationDescribeConfigs)
+	}
+	return o
+}
+
+// resource is what the language knows about a ResourceType.
+type resource struct {
+	key       string     // in the YAML
+	supported operations // AclEntry.supportedOperations, and All
+}
+
+var resources = [resourceCodes]resource{
+	kmsg.ACLResourceTypeTopic: {"topic", setOf(kmsg.ACLOperationAll, kmsg.ACLOperationRead, kmsg.ACLOperationWrite,
+		kmsg.ACLOperationCreate, kmsg.ACLOperationDescribe, kmsg.ACLOperationDelete, kmsg.ACLOperationAlter,
+		kmsg.ACLOperationDescribeConfigs, kmsg.ACLOperationAlterConfigs)},
+	kmsg.ACLResourceTypeGroup: {"group", setOf(kmsg.ACLOperationAll, kmsg.ACLOperationRead, kmsg.ACLOperationDescribe,
+		kmsg.ACLOperationDelete, kmsg.ACLOperationDescribeConfigs, kmsg.ACLOperationAlterConfigs)},
+	kmsg.ACLResourceTypeCluster: {"cluster", setOf(kmsg.ACLOperationAll, kmsg.ACLOperationCreate,
+		kmsg.ACLOperationClusterAction, kmsg.ACLOperationDescribeConfigs, kmsg.ACLOperationAlterConfigs,
+		kmsg.ACLOperationIdempotentWrite, kmsg.ACLOperationAlter, kmsg.ACLOperationDescribe)},
+	kmsg.ACLResourceTypeTransactionalId: {"transactional-id", setOf(kmsg.ACLOperationAll, kmsg.ACLOperationDescribe,
+		kmsg.ACLOperationWrite)},
+	kmsg.ACLResourceTypeDelegationToken: {"delegation-token", setOf(kmsg.ACLOperationAll, kmsg.ACLOperationDescribe)},
+	kmsg.ACLResourceTypeUser: {"user", setOf(kmsg.ACLOperationAll, kmsg.ACLOperationCreateTokens,
+		kmsg.ACLOperationDescribeTokens)},
+}
+
+// ParseOperation finds an operation of a resource type by its name as Kafka writes it: "Read", "DescribeConfigs", "All".
+func ParseOperation(t kmsg.ACLResourceType, name string) (kmsg.ACLOperation, error) {
+	op := slices.Index(operationNames[:], name)
+	supported := resources[t].supported
+	switch {
+	case op < 0 || name == "":
+		return 0, errors.New(strict.Unknown("operation", name, supported.names()))
+	case !supported.has(kmsg.ACLOperation(op)):
+		return 0, fmt.Errorf("Kafka has no operation %s on a %s (allowed: %s)", name, resources[t].key, supported)
+	}
+	return kmsg.ACLOperation(op), nil
+}
+
+// clusterName is the only name Kafka gives the cluster resource (Resource.CLUSTER_NAME).
+const clusterName = "kafka-cluster"
+
+// pattern matches resource names: the text itself, or every name that starts with it. The empty prefix matches all.
+type pattern struct {
+	text   string
+	prefix bool
+}
+
+func (p pattern) matches(name string) bool {
+	if p.prefix {
+		return strings.HasPrefix(name, p.text)
+	}
+	return name == p.text
+}
+
+// covers tells whether every name q matches is matched by p.
+func (p pattern) covers(q pattern) bool {
+	if p.prefix {
+		return strings.HasPrefix(q.text, p.text)
+	}
+	return p == q
+}
+
+func (p pattern) String() string {
+	if p.prefix {
+		return p.text + "*"
+	}
+	return p.text
+}

@@ -1,0 +1,322 @@
+// Package node is the host agent: it redirects, tells who connected, finds the cluster, dials the broker, and hands the
+// connection to the enforcer.
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"github.com/rs/zerolog"
+	"golang.org/x/sys/unix"
+
+	"klamm/bpf"
+	"klamm/enforcer"
+	"klamm/enforcer/audit"
+	"klamm/enforcer/policy"
+	"klamm/spiffe"
+)
+
+const (
+	identifyTimeout = 5 * time.Second
+	acceptPause     = 10 * time.Millisecond
+)
+
+// Node is one running agent.
+type Node struct {
+	config   Config
+	log      zerolog.Logger
+	redirect *Redirect
+	clusters Clusters
+	attest   *spiffe.Static
+	enforcer *enforcer.Enforcer
+	registry *prometheus.Registry
+	closers  []io.Closer // in the order they were opened
+
+	mu    sync.Mutex // guards ports
+	ports []uint16
+
+	ids   atomic.Uint64
+	slots chan struct{}
+	conns sync.WaitGroup
+}
+
+// Open sets everything up but redirects nothing yet: see Run. What it opened is closed again when it fails.
+func Open(c Config, log zerolog.Logger) (_ *Node, err error) {
+	n := &Node{config: c, log: log, registry: prometheus.NewRegistry(), slots: make(chan struct{}, c.Limits.Connections)}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, n.Close())
+		}
+	}()
+	rules, err := LoadPolicy(c.Policies)
+	if err != nil {
+		return nil, err
+	}
+	lines, file, err := audit.Open(c.Audit.File, c.Node.Name)
+	if err != nil {
+		return nil, err
+	}
+	n.closers = append(n.closers, file)
+	exempt := make([]string, len(c.Intercept.Exempt))
+	for i, e := range c.Intercept.Exempt {
+		if exempt[i], err = e.path(); err != nil {
+			return nil, err
+		}
+	}
+	if n.redirect, err = OpenRedirect(RedirectOptions{CgroupPath: c.Node.Cgroup, Exempt: exempt}); err != nil {
+		return nil, err
+	}
+	n.closers = append(n.closers, n.redirect)
+	if n.attest, err = spiffe.NewStatic(c.Identities, spiffe.NewProcesses(tasks{n.redirect})); err != nil {
+		return nil, err
+	}
+	n.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+		kernelCounters{n.redirect})
+	n.enforcer = enforcer.New(enforcer.Options{Policy: rules, Audit: lines, MaxFrame: int(c.Limits.MaxFrame),
+		Memory: int64(c.Limits.Memory), Metrics: n.registry})
+	n.ports = c.Intercept.Ports
+	return n, nil
+}
+
+// LoadPolicy reads policy files. All that is wrong with them is reported together, by file, line and column.
+func LoadPolicy(files []string) (*policy.Policy, error) {
+	var sets []*policy.Set
+	var errs []error
+	for _, file := range files {
+		data, err := os.ReadFile(file)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("reading the policy: %w", err))
+			continue
+		}
+		set, err := policy.Parse(file, data)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		sets = append(sets, set)
+	}
+	if err := errors.Join(errs...); err != nil {
+		return nil, err
+	}
+	return policy.New(sets...), nil
+}
+
+// ReloadPolicy reads the policy files again. A bad file keeps the policy that is in force.
+func (n *Node) ReloadPolicy() error {
+	rules, err := LoadPolicy(n.config.Policies)
+	if err != nil {
+		return fmt.Errorf("the policy in force is kept: %w", err)
+	}
+	n.enforcer.SetPolicy(rules)
+	return nil
+}
+
+// Run redirects and enforces until ctx ends, then ends the open connections. Ready is called once, when broker-bound
+// connects are redirected.
+func (n *Node) Run(ctx context.Context, ready func()) error {
+	ctx, stop := context.WithCancel(ctx)
+	defer n.conns.Wait()
+	defer stop()
+
+	for _, c := range n.config.Clusters {
+		cluster, err := OpenCluster(c, ClusterOptions{Dial: n.redirect.Dialer().DialContext, Ports: n.config.Intercept.Ports,
+			OnPorts: n.intercept, Log: n.log})
+		if err != nil {
+			return err
+		}
+		defer cluster.Close()
+		n.clusters = append(n.clusters, cluster)
+	}
+	failed := make(chan error, 2)
+	if err := n.serveMetrics(ctx, failed); err != nil {
+		return err
+	}
+	n.intercept(nil)
+	go func() { failed <- n.accept(ctx) }()
+	ready()
+
+	select {
+	case <-ctx.Done():
+		return nil
+	case err := <-failed:
+		return err
+	}
+}
+
+// Close detaches the redirect and closes what Open opened.
+func (n *Node) Close() error {
+	var errs []error
+	for _, c := range slices.Backward(n.closers) {
+		errs = append(errs, c.Close())
+	}
+	n.closers = nil
+	return errors.Join(errs...)
+}
+
+// intercept adds ports to those that are redirected.
+func (n *Node) intercept(ports []uint16) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	all := slices.Concat(n.ports, ports)
+	slices.Sort(all)
+	n.ports = slices.Compact(all)
+	if err := n.redirect.SetPorts(n.ports); err != nil {
+		n.log.Error().Err(err).Uints16("ports", n.ports).Msg("these broker ports may not be intercepted")
+	}
+}
+
+func (n *Node) accept(ctx context.Context) error {
+	for {
+		conn, record, err := n.redirect.Accept()
+		switch {
+		case ctx.Err() != nil:
+			if err == nil {
+				reset(conn)
+			}
+			return nil
+		case errors.Is(err, net.ErrClosed):
+			return err
+		case err != nil:
+			n.log.Error().Err(err).Msg("accepting a redirected connection")
+			time.Sleep(acceptPause)
+			continue
+		}
+		n.conns.Go(func() { n.serve(ctx, conn, record) })
+	}
+}
+
+// serve takes one redirected connection from accept to end.
+func (n *Node) serve(ctx context.Context, conn net.Conn, r bpf.Record) {
+	client := enforcer.Client{ID: strconv.FormatUint(n.ids.Add(1), 36), Destination: r.Destination()}
+	client.Identity.Process = spiffe.Process{PID: r.TGID, UID: r.UID, GID: r.GID, Comm: r.Comm.String()}
+	refuse := func(reason audit.Reason, err error) {
+		reset(conn)
+		if err := n.enforcer.Refuse(client, reason, err); err != nil {
+			n.log.Error().Err(err).Msg("a refusal is not on record")
+		}
+	}
+	select {
+	case n.slots <- struct{}{}:
+		defer func() { <-n.slots }()
+	default:
+		refuse(audit.TooManyConnections, fmt.Errorf("%d connections are open, the limit", cap(n.slots)))
+		return
+	}
+	identity, err := n.identify(ctx, r)
+	if err != nil {
+		refuse(audit.NoIdentity, err)
+		return
+	}
+	client.Identity = identity
+	destination, err := n.clusters.Find(ctx, client.Destination)
+	if err != nil {
+		refuse(audit.NoCluster, err)
+		return
+	}
+	client.Cluster = destination.Config().Name
+	dialled, cancel := context.WithTimeout(ctx, n.config.Limits.DialTimeout)
+	defer cancel()
+	broker, err := n.redirect.Dial(dialled, client.Destination)
+	if err != nil {
+		refuse(audit.BrokerUnreachable, err)
+		return
+	}
+	err = n.enforcer.Serve(ctx, enforcer.Conn{Client: client, Downstream: conn, Upstream: broker, Kafka: destination})
+	if err != nil {
+		n.log.Debug().Err(err).Str("conn", client.ID).Msg("connection ended")
+	}
+}
+
+func (n *Node) identify(ctx context.Context, r bpf.Record) (spiffe.Identity, error) {
+	ctx, cancel := context.WithTimeout(ctx, identifyTimeout)
+	defer cancel()
+	return n.attest.Attest(ctx, spiffe.Peer{TGID: r.TGID, UID: r.UID, GID: r.GID, StartBoottime: r.StartBoottime,
+		ExecID: r.ExecID, PidInode: r.PidInode, ExeInode: r.ExeInode, ExeDev: r.ExeDev, CgroupID: r.CgroupID,
+		Comm: r.Comm.String()})
+}
+
+// reset closes with RST: connect(2) has succeeded already, and this is how a refusal after it looks to every client.
+func reset(conn net.Conn) {
+	if tcp, ok := conn.(*net.TCPConn); ok {
+		_ = tcp.SetLinger(0) // without it the client reads an end instead of a reset
+	}
+	_ = conn.Close()
+}
+
+// tasks lets package spiffe read processes in the kernel.
+type tasks struct{ *Redirect }
+
+func (t tasks) Task(pid uint32) (spiffe.TaskFacts, error) {
+	f, err := t.Redirect.Task(pid)
+	if errors.Is(err, bpf.ErrNoTask) {
+		err = unix.ESRCH
+	}
+	return spiffe.TaskFacts{StartBoottime: f.StartBoottime, ExecID: f.ExecID, PidInode: f.PidInode, ExeInode: f.ExeInode,
+		ExeDev: f.ExeDev, UID: f.UID, GID: f.GID, CgroupID: f.CgroupID}, err
+}
+
+// kernelCounters exports the counters of the eBPF programs.
+type kernelCounters struct{ *Redirect }
+
+var kernelDesc = prometheus.NewDesc("klamm_kernel_total", "What the eBPF programs decided, by reason.", []string{"reason"}, nil)
+
+// Describe names the one metric.
+func (k kernelCounters) Describe(ch chan<- *prometheus.Desc) { ch <- kernelDesc }
+
+// Collect reads the counters.
+func (k kernelCounters) Collect(ch chan<- prometheus.Metric) {
+	counters, err := k.Counters()
+	if err != nil {
+		ch <- prometheus.NewInvalidMetric(kernelDesc, err)
+		return
+	}
+	for reason, v := range counters {
+		ch <- prometheus.MustNewConstMetric(kernelDesc, prometheus.CounterValue, float64(v), reason)
+	}
+}
+
+// serveMetrics serves /metrics, /healthz (the process runs) and /readyz (every cluster was reached).
+func (n *Node) serveMetrics(ctx context.Context, failed chan<- error) error {
+	if n.config.Metrics.Listen == "" {
+		return nil
+	}
+	l, err := net.Listen("tcp", n.config.Metrics.Listen)
+	if err != nil {
+		return fmt.Errorf("metrics.listen: %w: choose another address in klamm.yaml, or \"\" for none", err)
+	}
+	mux := http.NewServeMux()
+	mux.Handle("/metrics", promhttp.HandlerFor(n.registry, promhttp.HandlerOpts{}))
+	mux.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "ok\n") })
+	mux.HandleFunc("/readyz", n.readyz)
+	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
+	go func() {
+		if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			failed <- fmt.Errorf("serving metrics: %w", err)
+		}
+	}()
+	context.AfterFunc(ctx, func() { _ = server.Close() })
+	return nil
+}
+
+func (n *Node) readyz(w http.ResponseWriter, _ *http.Request) {
+	for _, c := range n.clusters {
+		if s := c.State(); !s.Ready() {
+			http.Error(w, fmt.Sprintf("cluster %s: %v", s.Name, s.Err), http.StatusServiceUnavailable)
+			return
+		}
+	}
+	_, _ = io.WriteString(w, "ready\n")
+}
