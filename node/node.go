@@ -29,10 +29,8 @@ import (
 	"klamm/spiffe"
 )
 
-const (
-	identifyTimeout = 5 * time.Second
-	acceptPause     = 10 * time.Millisecond
-)
+// identifyTimeout bounds telling who connected; an executable on a file system that hangs is not waited for.
+const identifyTimeout = 5 * time.Second
 
 // Node is one running agent.
 type Node struct {
@@ -70,13 +68,7 @@ func Open(c Config, log zerolog.Logger) (_ *Node, err error) {
 		return nil, err
 	}
 	n.closers = append(n.closers, file)
-	exempt := make([]string, len(c.Intercept.Exempt))
-	for i, e := range c.Intercept.Exempt {
-		if exempt[i], err = e.path(); err != nil {
-			return nil, err
-		}
-	}
-	if n.redirect, err = OpenRedirect(RedirectOptions{CgroupPath: c.Node.Cgroup, Exempt: exempt}); err != nil {
+	if n.redirect, err = OpenRedirect(RedirectOptions{CgroupPath: c.Node.Cgroup}); err != nil {
 		return nil, err
 	}
 	n.closers = append(n.closers, n.redirect)
@@ -140,20 +132,30 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 		defer cluster.Close()
 		n.clusters = append(n.clusters, cluster)
 	}
-	failed := make(chan error, 2)
+	if err := n.exempt(ctx); err != nil {
+		return err
+	}
+	failed := make(chan error, 1)
 	if err := n.serveMetrics(ctx, failed); err != nil {
 		return err
 	}
 	n.intercept(nil)
-	go func() { failed <- n.accept(ctx) }()
+	accepting := make(chan struct{})
+	go func() {
+		defer close(accepting)
+		n.accept(ctx)
+	}()
 	ready()
 
+	var err error
 	select {
 	case <-ctx.Done():
-		return nil
-	case err := <-failed:
-		return err
+	case err = <-failed:
 	}
+	stop()
+	err = errors.Join(err, n.redirect.Close())
+	<-accepting
+	return err
 }
 
 // Close detaches the redirect and closes what Open opened.
@@ -178,21 +180,27 @@ func (n *Node) intercept(ports []uint16) {
 	}
 }
 
-func (n *Node) accept(ctx context.Context) error {
+// exempt lets the exempt processes go before anything is redirected, and follows them until ctx ends.
+func (n *Node) exempt(ctx context.Context) error {
+	root, err := Cgroup2Mount()
+	if err != nil {
+		return err
+	}
+	wanted := n.config.Intercept.Exempt
+	e := &exemptions{redirect: n.redirect, root: root, log: n.log, wanted: wanted, ids: make([]uint64, len(wanted))}
+	if err := e.refresh(); err != nil {
+		return err
+	}
+	n.conns.Go(func() { e.follow(ctx) })
+	return nil
+}
+
+// accept serves connections until the redirect is closed.
+func (n *Node) accept(ctx context.Context) {
 	for {
 		conn, record, err := n.redirect.Accept()
-		switch {
-		case ctx.Err() != nil:
-			if err == nil {
-				reset(conn)
-			}
-			return nil
-		case errors.Is(err, net.ErrClosed):
-			return err
-		case err != nil:
-			n.log.Error().Err(err).Msg("accepting a redirected connection")
-			time.Sleep(acceptPause)
-			continue
+		if err != nil {
+			return
 		}
 		n.conns.Go(func() { n.serve(ctx, conn, record) })
 	}

@@ -64,7 +64,7 @@ func (h *hasher) sum(ctx context.Context, file string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("hash the executable: %w", err)
 	}
-	defer f.Close() //nolint:errcheck // only read
+	defer f.Close()
 	before, err := fileKeyOf(f)
 	if err != nil {
 		return "", fmt.Errorf("hash %s: %w", file, err)

@@ -46,8 +46,8 @@ type Processes struct {
 const (
 	// maxProcesses bounds the cache of verified processes; when more than these connect, some are verified anew.
 	maxProcesses = 4096
-	// maxReaders is how many processes are looked at through /proc at a time. Their executables may lie on a file system
-	// that never answers (FUSE, NFS): what hangs there is at most these.
+	// maxReaders is how many processes are looked at through /proc at a time. Their executables may lie on a file
+	// system that never answers (FUSE, NFS): what hangs there is at most these.
 	maxReaders = 64
 )
 
@@ -132,7 +132,7 @@ func (ps *Processes) bracket(peer Peer, f func() error) error {
 	if err != nil {
 		return peer.lost(err)
 	}
-	defer unix.Close(fd) //nolint:errcheck // nothing was written
+	defer unix.Close(fd)
 	if err = samePidfd(fd, peer); err != nil {
 		return err
 	}
@@ -240,7 +240,7 @@ func readProcess(key taskKey) (process, error) {
 func exeLink(pid uint32) string { return fmt.Sprintf("/proc/%d/exe", pid) }
 
 // sameFile tells whether the process' executable is the file that has the path exe in the node's own mount namespace.
-// The path alone proves nothing: a container, and whoever may create a user namespace, has a file of his own at any path.
+// The path alone proves nothing: a container, and whoever may create a user namespace, has own files at any path.
 func sameFile(pid uint32, exe string) bool {
 	var host, own unix.Stat_t
 	if unix.Stat(exe, &host) != nil || unix.Stat(exeLink(pid), &own) != nil {

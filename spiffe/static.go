@@ -21,8 +21,9 @@ type Rule struct {
 
 	UID *uint32 `yaml:"uid"` // real user id on the host
 	GID *uint32 `yaml:"gid"` // real group id on the host
-	// Exe is the executable's absolute path, symlinks resolved. Without ExeSHA256 the process must run the file that the
-	// node itself finds at that path; with it a file at that path in a container will do too, its content is proven.
+	// Exe is the executable's absolute path, symlinks resolved. Without ExeSHA256 the process must run the file that
+	// the node itself finds at that path; with it a file at that path in a container will do too: its content is
+	// proven.
 	Exe       string `yaml:"exe"`
 	ExeSHA256 string `yaml:"exe-sha256"` // SHA-256 of the executable, 64 hex digits
 	Cgroup    string `yaml:"cgroup"`     // cgroup2 path: "/a/b" is it and all below, "/a/b/*" only what is below
@@ -104,7 +105,8 @@ func checkCgroup(s string) error {
 
 func checkUnit(s string) error {
 	if unitOf("/"+s) != s {
-		return fmt.Errorf("%q is not a unit with processes: its name ends in .service, .scope, .socket, .mount or .swap", s)
+		return fmt.Errorf("%q is not a unit with processes: "+
+			"its name ends in .service, .scope, .socket, .mount or .swap", s)
 	}
 	return nil
 }

@@ -42,7 +42,7 @@ func (t *procTasks) Task(pid uint32) (TaskFacts, error) {
 	if err != nil {
 		return f, err
 	}
-	defer unix.Close(fd) //nolint:errcheck // nothing was written
+	defer unix.Close(fd)
 	if err = unix.Fstat(fd, &pidfs); err != nil {
 		return f, err
 	}
@@ -97,7 +97,8 @@ func started(t *testing.T, program string, args ...string) *exec.Cmd {
 		}
 	}
 	cmd := exec.Command(program, args...)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}, Pdeathsig: unix.SIGKILL}
+	nobody := &syscall.Credential{Uid: 65534, Gid: 65534}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: nobody, Pdeathsig: unix.SIGKILL}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -155,17 +156,18 @@ func TestARealProcessIsAttestedByItsSelectors(t *testing.T) {
 		rule Rule
 		want bool
 	}{
-		"the right uid":                           {Rule{UID: &nobody}, true},
-		"a wrong uid":                             {Rule{UID: &root}, false},
-		"a wrong gid beside the right uid":        {Rule{UID: &nobody, GID: &root}, false},
-		"the executable's path":                   {Rule{Exe: exe}, true},
-		"an unknown executable":                   {Rule{Exe: "/usr/bin/sleep"}, false},
-		"path and hash":                           {Rule{Exe: exe, ExeSHA256: digest(t, exe)}, true},
-		"the hash in capitals":                    {Rule{ExeSHA256: strings.ToUpper(digest(t, exe))}, true},
-		"the right path with another hash":        {Rule{Exe: exe, ExeSHA256: strings.Repeat("0", 64)}, false},
-		"a unit that it does not run in":          {Rule{UID: &nobody, Unit: "orders.service"}, false},
-		"a cgroup that it does not run in":        {Rule{UID: &nobody, Cgroup: "/not/here"}, false},
-		"all selectors of a process at its place": {Rule{UID: &nobody, GID: &nobody, Exe: exe, ExeSHA256: digest(t, exe)}, true},
+		"the right uid":                    {Rule{UID: &nobody}, true},
+		"a wrong uid":                      {Rule{UID: &root}, false},
+		"a wrong gid beside the right uid": {Rule{UID: &nobody, GID: &root}, false},
+		"the executable's path":            {Rule{Exe: exe}, true},
+		"an unknown executable":            {Rule{Exe: "/usr/bin/sleep"}, false},
+		"path and hash":                    {Rule{Exe: exe, ExeSHA256: digest(t, exe)}, true},
+		"the hash in capitals":             {Rule{ExeSHA256: strings.ToUpper(digest(t, exe))}, true},
+		"the right path with another hash": {Rule{Exe: exe, ExeSHA256: strings.Repeat("0", 64)}, false},
+		"a unit that it does not run in":   {Rule{UID: &nobody, Unit: "orders.service"}, false},
+		"a cgroup that it does not run in": {Rule{UID: &nobody, Cgroup: "/not/here"}, false},
+		"all selectors at once": {
+			Rule{UID: &nobody, GID: &nobody, Exe: exe, ExeSHA256: digest(t, exe)}, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			test.rule.SPIFFEID = orders
@@ -176,7 +178,8 @@ func TestARealProcessIsAttestedByItsSelectors(t *testing.T) {
 			if got := !id.ID.IsZero(); got != test.want {
 				t.Errorf("attested: %v, want %v (%+v)", got, test.want, id)
 			}
-			if p := id.Process; p.Exe != exe || p.UID != nobody || p.Cgroup != cgroup || p.Comm != "test" || p.Started.IsZero() {
+			p := id.Process
+			if p.Exe != exe || p.UID != nobody || p.Cgroup != cgroup || p.Comm != "test" || p.Started.IsZero() {
 				t.Errorf("facts are not those of the process: %+v", p)
 			}
 			if test.want && (id.Source != "static" || id.Rule != "identities[0]" || id.ID.String() != orders) {
@@ -338,7 +341,8 @@ func TestWhatChangedIsNamed(t *testing.T) {
 
 func TestAReusedPidIsToldByItsPidfdAlone(t *testing.T) {
 	cmd := started(t, copyOf(t, "sleep"), "1000")
-	tasks := &procTasks{change: func(_ int32, f *TaskFacts) { f.PidInode++ }} // the kernel's answer agrees with the record
+	// The kernel's answer agrees with the record.
+	tasks := &procTasks{change: func(_ int32, f *TaskFacts) { f.PidInode++ }}
 	peer := peerOf(t, cmd.Process.Pid)
 	peer.PidInode++
 	if _, err := static(t, tasks).Attest(t.Context(), peer); !errors.Is(err, ErrChanged) {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/twmb/franz-go/pkg/kmsg"
@@ -60,6 +61,9 @@ func (o operations) String() string { return strings.Join(o.names(), ", ") }
 
 const every operations = (1<<operationCodes - 1) &^ 3 // all codes but UNKNOWN and ANY
 
+var impliesDescribe = setOf(kmsg.ACLOperationRead, kmsg.ACLOperationWrite, kmsg.ACLOperationDelete,
+	kmsg.ACLOperationAlter)
+
 // effective is what an ACL with these operations applies to: All stands for every operation, and where implied is set
 // (ALLOW) Read, Write, Delete and Alter imply Describe, AlterConfigs implies DescribeConfigs. A DENY implies nothing.
 // The rule is StandardAuthorizerData.findResult of Apache Kafka 4.
@@ -67,7 +71,7 @@ func (o operations) effective(implied bool) operations {
 	if o.has(kmsg.ACLOperationAll) {
 		return every
 	}
-	if implied && o&setOf(kmsg.ACLOperationRead, kmsg.ACLOperationWrite, kmsg.ACLOperationDelete, kmsg.ACLOperationAlter) != 0 {
+	if implied && o&impliesDescribe != 0 {
 		o |= setOf(kmsg.ACLOperationDescribe)
 	}
 	if implied && o.has(kmsg.ACLOperationAlterConfigs) {
@@ -98,7 +102,8 @@ var resources = [resourceCodes]resource{
 		kmsg.ACLOperationDescribeTokens)},
 }
 
-// ParseOperation finds an operation of a resource type by its name as Kafka writes it: "Read", "DescribeConfigs", "All".
+// ParseOperation finds an operation of a resource type (topic to user) by its name as Kafka writes it: "Read",
+// "DescribeConfigs", "All".
 func ParseOperation(t kmsg.ACLResourceType, name string) (kmsg.ACLOperation, error) {
 	op := slices.Index(operationNames[:], name)
 	supported := resources[t].supported
@@ -106,7 +111,7 @@ func ParseOperation(t kmsg.ACLResourceType, name string) (kmsg.ACLOperation, err
 	case op < 0 || name == "":
 		return 0, errors.New(strict.Unknown("operation", name, supported.names()))
 	case !supported.has(kmsg.ACLOperation(op)):
-		return 0, fmt.Errorf("Kafka has no operation %s on a %s (allowed: %s)", name, resources[t].key, supported)
+		return 0, fmt.Errorf("there is no operation %s on a %s (allowed: %s)", name, resources[t].key, supported)
 	}
 	return kmsg.ACLOperation(op), nil
 }
@@ -135,9 +140,16 @@ func (p pattern) covers(q pattern) bool {
 	return p == q
 }
 
+// String is the pattern as a policy file writes it: the short form where that is not ambiguous.
 func (p pattern) String() string {
-	if p.prefix {
-		return p.text + "*"
+	switch {
+	case p.prefix && strings.Contains(p.text, "*"):
+		return fmt.Sprintf("{prefix: %q}", p.text)
+	case p.prefix:
+		return strconv.Quote(p.text + "*")
+	case strings.Contains(p.text, "*"):
+		return fmt.Sprintf("{literal: %q}", p.text)
+	default:
+		return strconv.Quote(p.text)
 	}
-	return p.text
 }

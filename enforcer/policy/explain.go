@@ -84,8 +84,9 @@ func (r *rule) excludes(s *Subject) string {
 	return ""
 }
 
-func (r *rule) consider(s *Subject, t kmsg.ACLResourceType, name string, op kmsg.ACLOperation) (matched bool, why string) {
-	if why = r.excludes(s); why != "" {
+// consider tells whether the rule allows or denies the access, and by which entry, or why it does neither.
+func (r *rule) consider(s *Subject, t kmsg.ACLResourceType, name string, op kmsg.ACLOperation) (bool, string) {
+	if why := r.excludes(s); why != "" {
 		return false, why
 	}
 	var others []string

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
+	"unicode"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/twmb/franz-go/pkg/kmsg"
@@ -112,6 +113,8 @@ func (r *rule) UnmarshalYAML(node *yaml.Node) error {
 			say    string
 		}{
 			{strings.TrimSpace(r.Name) == "", "the name is empty: the audit names rules by it"},
+			{strings.ContainsFunc(r.Name, unicode.IsControl),
+				"the name holds control characters, which would garble what is printed"},
 			{len(r.Principals) == 0, `principals is empty: list who the rule is about, ["*"] for everyone identified`},
 			{r.Hosts != nil && len(r.Hosts) == 0, "hosts is empty: leave the key out for every host"},
 			{len(r.Allow)+len(r.Deny) == 0, "the rule neither allows nor denies anything"},
@@ -133,7 +136,7 @@ type entry struct {
 }
 
 func (e entry) String() string {
-	return fmt.Sprintf("%s %q: %s", resources[e.kind].key, e.pattern, e.operations)
+	return fmt.Sprintf("%s %s: %s", resources[e.kind].key, e.pattern, e.operations)
 }
 
 // UnmarshalYAML reads one resource key and the operations.
@@ -166,7 +169,8 @@ func (e *entry) UnmarshalYAML(node *yaml.Node) error {
 		}
 	}
 	if given != 1 {
-		return strict.Errorf(node, "%d resources in one entry: want exactly one of %s", given, strings.Join(resourceKeys(), ", "))
+		return strict.Errorf(node, "%d resources in one entry: want exactly one of %s",
+			given, strings.Join(resourceKeys(), ", "))
 	}
 	return e.readOperations(node, doc.Operations)
 }
@@ -197,7 +201,7 @@ func resourceKeys() []string {
 	return keys
 }
 
-// resourceName is a pattern in its short form ("orders.*" is a prefix, "*" is any, else the name itself) or spelled out.
+// resourceName is a pattern, spelled out or in its short form: "orders.*" is a prefix, "*" any, else the name itself.
 type resourceName struct{ pattern }
 
 // UnmarshalYAML reads either form.
@@ -290,8 +294,8 @@ func (p *principal) UnmarshalText(text []byte) error {
 		*p = principal{login, pattern{text: word}}
 		return nil
 	}
-	return fmt.Errorf(`%q is no principal: want "spiffe://domain/path" (a * at the end stands for any rest), "User:name", `+
-		`"User:*", "*" or "anonymous"`, word)
+	return fmt.Errorf(`%q is no principal: want "spiffe://domain/path" (a * at the end stands for any rest), `+
+		`"User:name", "User:*", "*" or "anonymous"`, word)
 }
 
 // readSPIFFE keeps a * out of the trust domain: "spiffe://example*" would trust the domain example.evil.
@@ -346,7 +350,8 @@ func (h *host) UnmarshalText(text []byte) error {
 	network, err := netip.ParsePrefix(word)
 	switch {
 	case err != nil:
-		return fmt.Errorf("%q is no host: want an IP address, a network like 10.1.0.0/16, or \"*\" (names are not resolved)", word)
+		return fmt.Errorf(`%q is no host: want an IP address, a network like 10.1.0.0/16, or "*" (names are not resolved)`,
+			word)
 	case network.Addr().Is4In6():
 		return errors.New("write an IPv4 network as one, not mapped into IPv6")
 	case network.Masked() != network:

@@ -1,7 +1,8 @@
 // Package policy is the language that says who may do what in Kafka, and its decisions.
 //
 // Everything Kafka's ACLs can say can be said: resource types, patterns and operations are Kafka's, as is what a rule
-// implies. What nothing allows is refused. A set of rules in observe mode refuses nothing and says what it would refuse.
+// implies. What nothing allows is refused. A set of rules in observe mode refuses nothing and says what it would
+// refuse.
 package policy
 
 import (
@@ -119,8 +120,8 @@ func (p *Policy) accesses(s *Subject, selected []int) []access {
 	return all
 }
 
-// grants tells whether the rule's allows are for the subject too. "*" denies everyone, but allows only who is identified:
-// both are the safe side.
+// grants tells whether the rule's allows are for the subject too. "*" denies everyone, but allows only who is
+// identified: both are the safe side.
 func (r *rule) grants(s *Subject) bool {
 	return !s.anonymous() || slices.ContainsFunc(r.Principals, func(p principal) bool { return p.kind == anonymous })
 }

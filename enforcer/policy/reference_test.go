@@ -21,8 +21,10 @@ type acl struct {
 	op        string
 }
 
+func (a acl) wildcard() bool { return a.name == "*" && !a.prefix }
+
 func (a acl) appliesTo(name string) bool {
-	return a.name == "*" && !a.prefix || a.name == name && !a.prefix || a.prefix && strings.HasPrefix(name, a.name)
+	return a.wildcard() || a.name == name && !a.prefix || a.prefix && strings.HasPrefix(name, a.name)
 }
 
 // impliedBy lists the operations an ALLOW of which gives this one.
@@ -65,9 +67,16 @@ func authorizeByResourceType(acls []acl, op string) bool {
 			continue
 		}
 		dominated := slices.ContainsFunc(written, func(d acl) bool {
-			any := d.name == "*" && !d.prefix
-			return d.deny && (any || d.prefix && strings.HasPrefix(allow.name, d.name) && !(allow.name == "*" && !allow.prefix) ||
-				!d.prefix && !allow.prefix && d.name == allow.name)
+			switch {
+			case !d.deny:
+				return false
+			case d.wildcard() || allow.wildcard():
+				return d.wildcard()
+			case d.prefix:
+				return strings.HasPrefix(allow.name, d.name)
+			default:
+				return !allow.prefix && d.name == allow.name
+			}
 		})
 		if !dominated {
 			return true
@@ -98,14 +107,15 @@ func randomWorld(t *testing.T, r *rand.Rand) world {
 	for set := range 1 + r.IntN(3) {
 		mode := []string{"enforce", "observe"}[r.IntN(2)]
 		w.observed = append(w.observed, mode == "observe")
-		text := "apiVersion: klamm/v1\nmode: " + mode + "\nrules:\n"
+		var text strings.Builder
+		text.WriteString("apiVersion: klamm/v1\nmode: " + mode + "\nrules:\n")
 		for i := range 1 + r.IntN(6) {
 			a := acl{
 				rule: fmt.Sprintf("set %d rule %d", set, i), set: set, deny: r.IntN(3) == 0,
 				principal: []string{"*", "User:a", "User:b"}[r.IntN(3)],
 			}
 			verb := map[bool]string{true: "deny", false: "allow"}[a.deny]
-			text += fmt.Sprintf("- name: %s\n  principals: [%q]\n  %s:\n", a.rule, a.principal, verb)
+			fmt.Fprintf(&text, "- name: %s\n  principals: [%q]\n  %s:\n", a.rule, a.principal, verb)
 			for range 1 + r.IntN(4) {
 				a.name, a.prefix = randomName(r), r.IntN(2) == 0
 				form := fmt.Sprintf("{literal: %q}", a.name)
@@ -115,16 +125,16 @@ func randomWorld(t *testing.T, r *rand.Rand) world {
 				case a.prefix:
 					form = fmt.Sprintf("{prefix: %q}", a.name)
 				}
-				var ops []string
-				for range 1 + r.IntN(3) {
+				ops := make([]string, 1+r.IntN(3))
+				for j := range ops {
 					a.op = topicOperations[r.IntN(len(topicOperations))]
-					ops = append(ops, a.op)
+					ops[j] = a.op
 					w.acls = append(w.acls, a)
 				}
-				text += fmt.Sprintf("  - {topic: %s, operations: [%s]}\n", form, strings.Join(ops, ", "))
+				fmt.Fprintf(&text, "  - {topic: %s, operations: [%s]}\n", form, strings.Join(ops, ", "))
 			}
 		}
-		w.sets = append(w.sets, mustParse(t, fmt.Sprint(set), text))
+		w.sets = append(w.sets, mustParse(t, fmt.Sprint(set), text.String()))
 	}
 	return w
 }
@@ -225,7 +235,7 @@ func FuzzDecisionsAreThoseOfAPlainEvaluator(f *testing.F) {
 func bigPolicy(b *testing.B, n int) (*Policy, []string) {
 	text := strings.Builder{}
 	text.WriteString("apiVersion: klamm/v1\nrules:\n")
-	var names []string
+	names := make([]string, 0, 3*n)
 	for i := range n {
 		domain := []string{"orders", "payments", "shipping", "billing", "search"}[i%5]
 		fmt.Fprintf(&text, "- {name: rule %d, principals: [User:a], allow: [{topic: %s.team-%d.*, operations: [Write]}, "+

@@ -11,8 +11,11 @@ import (
 // tree is a radix tree over the patterns of one resource type. All that applies to a name is decided while it is built:
 // each node carries the outcome for the name that ends there and for the names that go on without another node, so that
 // a look-up is one walk and one load.
+//
+// Nodes are small and their text stands together, because a look-up in a large tree costs what it misses in the cache.
 type tree struct {
 	nodes []node // the first is the root, the empty name; siblings stand together
+	text  string // of all nodes: the label, then the first byte of each child's label
 	rows  []row
 	any   row
 }
@@ -21,8 +24,9 @@ type tree struct {
 type row [operationCodes]uint32
 
 type node struct {
-	label  string // the bytes that lead here from the parent
-	firsts string // first byte of each child's label
+	label  uint32 // where its label begins in the text: the bytes that lead here from the parent
+	firsts uint32 // where its label ends and the children's first bytes begin
+	fan    uint32 // how many children
 	child  uint32 // index of the first child
 	exact  uint32 // row for the name that ends here
 	beyond uint32 // row for names that go on to no child: what the prefixes up to here say
@@ -31,15 +35,16 @@ type node struct {
 func (t *tree) find(name string) uint32 {
 	n := &t.nodes[0]
 	for name != "" {
-		i := strings.IndexByte(n.firsts, name[0])
+		i := strings.IndexByte(t.text[n.firsts:n.firsts+n.fan], name[0])
 		if i < 0 {
 			return n.beyond
 		}
 		child := &t.nodes[int(n.child)+i]
-		if !strings.HasPrefix(name, child.label) {
+		rest, ok := strings.CutPrefix(name, t.text[child.label:child.firsts])
+		if !ok {
 			return n.beyond
 		}
-		n, name = child, name[len(child.label):]
+		n, name = child, rest
 	}
 	return n.exact
 }
@@ -89,8 +94,8 @@ type verdict struct {
 }
 
 // decide resolves the claims. Sets in enforce mode decide alone, by default no; those in observe mode can then only add
-// "would deny" by an explicit deny, and never widen what is granted. Where only sets in observe mode speak of the cluster,
-// everything passes and they say what they would have refused.
+// "would deny" by an explicit deny, and never widen what is granted. Where only sets in observe mode speak of the
+// cluster, everything passes and they say what they would have refused.
 func (c claim) decide(observed bool) verdict {
 	switch {
 	case observed && c.watchDeny != 0:
@@ -142,14 +147,16 @@ type compiler struct {
 	known    map[verdict]uint32 // index of its decision
 
 	tree *tree
+	text []byte
 	rows map[row]uint32
 	any  [operationCodes]verdict
 }
 
 func (c *compiler) build(t *tree, accesses []access) {
-	c.tree, c.rows, c.any = t, map[row]uint32{}, [operationCodes]verdict{}
+	c.tree, c.text, c.rows, c.any = t, nil, map[row]uint32{}, [operationCodes]verdict{}
 	t.nodes = make([]node, 1)
 	c.fill(0, accesses, 0, 0, claims{})
+	t.text = string(c.text)
 	for op, v := range c.any {
 		t.any[op] = c.decision(v)
 	}
@@ -176,16 +183,17 @@ func (c *compiler) fill(i int, accesses []access, start, end int, prefixes claim
 	}
 	c.countAny(i, here, &prefixes, &exact)
 
-	n := node{beyond: c.row(&prefixes), exact: c.row(&exact), child: uint32(len(c.tree.nodes))}
-	if len(accesses) > 0 {
-		n.label = accesses[0].pattern.text[start:end]
-	}
 	families := family(below, end)
-	firsts := make([]byte, len(families))
-	for j, f := range families {
-		firsts[j] = f[0].pattern.text[end]
+	n := node{
+		label: uint32(len(c.text)), firsts: uint32(len(c.text) + end - start), fan: uint32(len(families)),
+		child: uint32(len(c.tree.nodes)), exact: c.row(&exact), beyond: c.row(&prefixes),
 	}
-	n.firsts = string(firsts)
+	if end > start {
+		c.text = append(c.text, accesses[0].pattern.text[start:end]...)
+	}
+	for _, f := range families {
+		c.text = append(c.text, f[0].pattern.text[end])
+	}
 	c.tree.nodes[i] = n
 	c.tree.nodes = append(c.tree.nodes, make([]node, len(families))...)
 	for j, f := range families {
@@ -217,9 +225,9 @@ func shared(accesses []access) int {
 	return n
 }
 
-// countAny keeps the best outcome any allow of the type has. A deny covers an allow when it applies to the whole pattern:
-// that is what the claims at the pattern's own node say. Kafka compares operations as written here, without the implied
-// ones, except on the pattern "*", which its first question (about a name nobody uses) finds with them.
+// countAny keeps the best outcome any allow of the type has. A deny covers an allow when it applies to the whole
+// pattern: that is what the claims at the pattern's own node say. Kafka compares operations as written here, without
+// the implied ones, except on the pattern "*", which its first question (about a name nobody uses) finds with them.
 func (c *compiler) countAny(i int, here []access, prefixes, exact *claims) {
 	if i == 0 {
 		for op := range c.any {

@@ -44,9 +44,9 @@ func (v *View) Decide(t kmsg.ACLResourceType, name string, op kmsg.ACLOperation)
 	return v.decisions[tree.rows[tree.find(name)][op]]
 }
 
-// DecideAny tells whether op is allowed on at least one resource of the type: Kafka's Authorizer.authorizeByResourceType
-// (KIP-679), which InitProducerId uses. As there, an allow counts unless a deny covers its whole pattern, and operations
-// that are only implied count for the pattern "*" alone.
+// DecideAny tells whether op is allowed on at least one resource of the type: authorizeByResourceType of Kafka's
+// Authorizer (KIP-679), which InitProducerId uses. As there, an allow counts unless a deny covers its whole pattern,
+// and operations that are only implied count for the pattern "*" alone.
 func (v *View) DecideAny(t kmsg.ACLResourceType, op kmsg.ACLOperation) Decision {
 	tree := v.tree(t, op)
 	if tree == nil {

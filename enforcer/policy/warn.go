@@ -14,18 +14,20 @@ import (
 // legalTopic is what Kafka accepts in a topic's name (Topic.validate).
 var legalTopic = regexp.MustCompile(`^[a-zA-Z0-9._-]{0,249}$`)
 
-// Warnings lists what is valid but hardly meant: rules that never match, allows that a deny always takes back, operations
-// that say nothing. Rule by rule.
+// Warnings lists, rule by rule, what is valid but hardly meant: rules that never match, allows that a deny always takes
+// back, operations that say nothing.
 func (s *Set) Warnings() []strict.Error {
 	w := warner{file: s.File}
 	for i := range s.rules {
 		r := &s.rules[i]
 		if s.Cluster != "" && r.Cluster != "" && r.Cluster != s.Cluster {
-			w.warn(r.node, "rule %q never matches: it is for the cluster %q, its file for %q only", r.Name, r.Cluster, s.Cluster)
+			w.warn(r.node, "rule %q never matches: it is for the cluster %q, its file for %q only",
+				r.Name, r.Cluster, s.Cluster)
 		}
 		for _, p := range r.Principals {
 			if p.kind == login && !p.pattern.prefix && strings.HasSuffix(p.pattern.text, "*") {
-				w.warn(r.node, "rule %q: %q is one user whose name ends in *, as in Kafka's ACLs, and no pattern", r.Name, p.pattern)
+				w.warn(r.node, "rule %q: %q is one user whose name ends in *, as in Kafka's ACLs, and no pattern",
+					r.Name, p.pattern.text)
 			}
 		}
 		for _, e := range slices.Concat(r.Allow, r.Deny) {
@@ -53,7 +55,7 @@ func (w *warner) warn(node *yaml.Node, format string, args ...any) {
 
 func (w *warner) entry(e entry) {
 	if e.kind == kmsg.ACLResourceTypeTopic && !legalTopic.MatchString(e.pattern.text) {
-		w.warn(e.node, "no topic matches %q: Kafka's topic names are up to 249 of a-z A-Z 0-9 . _ -", e.pattern)
+		w.warn(e.node, "no topic matches %s: Kafka's topic names are up to 249 of a-z A-Z 0-9 . _ -", e.pattern)
 	}
 	if all := setOf(kmsg.ACLOperationAll); e.operations&all != 0 && e.operations != all {
 		w.warn(e.node, "All includes the other operations")
@@ -66,7 +68,8 @@ func (s *Set) deniedBy(r *rule, allow entry) string {
 	for i := range s.rules {
 		by := &s.rules[i]
 		for _, d := range by.Deny {
-			if d.kind == allow.kind && granted&^d.operations.effective(false) == 0 && d.pattern.covers(allow.pattern) && by.about(r) {
+			if d.kind == allow.kind && granted&^d.operations.effective(false) == 0 &&
+				d.pattern.covers(allow.pattern) && by.about(r) {
 				return by.Name
 			}
 		}

@@ -33,8 +33,11 @@ type Check struct {
 type Ctx struct {
 	View     *policy.View
 	Topics   Topics
-	Resolved bool          // ids in Missing have been looked up: what is still unknown, the cluster does not have
-	Fetch    *FetchSession // the connection's fetch session, replaced by the fetch handler; nil without one
+	Resolved bool // ids in Missing have been looked up: what is still unknown, the cluster does not have
+	// AutoCreate tells that the cluster's brokers create topics a Metadata request names (auto.create.topics.enable).
+	// Only the error for a missing topic depends on it: nothing is created without the right to.
+	AutoCreate bool
+	Fetch      *FetchSession // the connection's fetch session, replaced by the fetch handler; nil without one
 
 	Checks  []Check   // every decision, in the order taken
 	Missing []TopicID // ids Topic was asked for and did not know; the session looks them up and calls the handler again

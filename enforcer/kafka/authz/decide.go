@@ -15,7 +15,9 @@ const (
 	topicAuthorizationFailed   = "Topic authorization failed."
 	groupAuthorizationFailed   = "Group authorization failed."
 	clusterAuthorizationFailed = "Cluster authorization failed."
-	unknownTopicID             = "This server does not host this topic ID."
+	invalidRequest             = "This most likely occurs because of a request being malformed by the client library or the " +
+		"message was sent to an incompatible broker. See the broker logs for more details."
+	unknownTopicID = "This server does not host this topic ID."
 )
 
 // either answers for what two rights give alike, and records the one that decided: a clean allow before one that only

@@ -1,8 +1,6 @@
 package authz
 
 import (
-	"fmt"
-
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
@@ -11,9 +9,8 @@ import (
 // metrics. A resource type Kafka does not know refuses the whole request.
 func describeConfigs(c *Ctx, req *kmsg.DescribeConfigsRequest) Verdict {
 	for i := range req.Resources {
-		kind := req.Resources[i].ResourceType
-		if _, known := configRights[kind]; !known {
-			return Verdict{Answer: Refuse(req, kerr.InvalidRequest, fmt.Sprintf("Unexpected resource type %d", kind))}
+		if _, known := configRights[req.Resources[i].ResourceType]; !known {
+			return Verdict{Answer: Refuse(req, kerr.InvalidRequest, invalidRequest)}
 		}
 	}
 	kept, out := sift(req.Resources, func(r *kmsg.DescribeConfigsRequestResource) *kerr.Error {

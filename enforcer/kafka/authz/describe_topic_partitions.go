@@ -13,7 +13,7 @@ import (
 )
 
 // describeTopicPartitions: Topic Describe (KIP-966). The answer comes in pages, in the order of names; the cursor is
-// where the next one starts.
+// where the next one starts. Refused topics from the cursor on are in every page, as in Kafka.
 func describeTopicPartitions(c *Ctx, req *kmsg.DescribeTopicPartitionsRequest) Verdict {
 	if len(req.Topics) == 0 {
 		return describeAllTopicPartitions(req)
@@ -43,11 +43,7 @@ func describeTopicPartitions(c *Ctx, req *kmsg.DescribeTopicPartitionsRequest) V
 	}
 	return partly(c, &forward, len(kept), func(c *Ctx, resp *kmsg.DescribeTopicPartitionsResponse) {
 		c.limitPartitionsOperations(resp)
-		for _, t := range refused { // those after this page belong to a later one
-			if resp.NextCursor == nil || *t.Topic < resp.NextCursor.Topic {
-				resp.Topics = append(resp.Topics, t)
-			}
-		}
+		resp.Topics = append(resp.Topics, refused...)
 	})
 }
 

@@ -64,6 +64,5 @@ func (c *Ctx) judgeCoordinator(req *kmsg.FindCoordinatorRequest, key string) *ke
 var coordinatorErrors = map[*kerr.Error]string{
 	kerr.GroupAuthorizationFailed:           groupAuthorizationFailed,
 	kerr.TransactionalIDAuthorizationFailed: "Transactional Id authorization failed.",
-	kerr.InvalidRequest: "This most likely occurs because of a request being malformed by the client library or the " +
-		"message was sent to an incompatible broker. See the broker logs for more details.",
+	kerr.InvalidRequest:                     invalidRequest,
 }

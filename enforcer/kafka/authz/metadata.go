@@ -11,9 +11,9 @@ import (
 // the identifier the client used. Whatever is refused, brokers, cluster id and controller still come from the broker.
 //
 // Auto-creation takes Create on the cluster or the topic. Whether a topic exists, only the broker knows: when one of
-// those named may not be created, the request goes out with auto-creation off for all, and a topic that proves missing
-// is TOPIC_AUTHORIZATION_FAILED where it may not be created, as from a broker with auto.create.topics.enable, which is
-// Kafka's default. The others are created by the first request that names them alone.
+// those named may not be created, the request goes out with auto-creation off for all. A topic that then proves missing
+// is TOPIC_AUTHORIZATION_FAILED where it may not be created and the cluster creates topics, else it stays unknown. Those
+// that may be created are, by the first request that names them alone.
 func metadata(c *Ctx, req *kmsg.MetadataRequest) Verdict {
 	if allTopics(req) {
 		return Verdict{Edit: edit(func(c *Ctx, resp *kmsg.MetadataResponse) {
@@ -57,7 +57,9 @@ func metadata(c *Ctx, req *kmsg.MetadataRequest) Verdict {
 			if all {
 				keepNamed(resp, kept)
 			}
-			c.refuseMissing(resp, noCreate)
+			if c.AutoCreate {
+				c.refuseMissing(resp, noCreate)
+			}
 			c.limitMetadataOperations(resp)
 			resp.Topics = append(resp.Topics, refused...)
 		})

@@ -29,12 +29,13 @@ import (
 // Topic ids are hex, with leading zeroes left out; bytes are strings; an int16 may be the name of an error code
 // (TOPIC_AUTHORIZATION_FAILED).
 type scenario struct {
-	Versions string                                            // "2-8", "3" or "0, 4-6"; every version of the row when empty
-	Policy   yaml.Node                                         // a policy file without its apiVersion; no rules when absent
-	Subject  struct{ Cluster, SPIFFE, Principal, Host string } // User:alice when absent
-	Topics   map[string]string                                 // topic id: name, what the cluster is known to have
-	Request  yaml.Node
-	Expect   struct {
+	Versions   string            // "2-8", "3" or "0, 4-6"; every version of the row when empty
+	Policy     yaml.Node         // a policy file without its apiVersion; no rules when absent
+	Subject    subject           // User:alice when absent
+	Topics     map[string]string // topic id: name, what the cluster is known to have
+	AutoCreate bool              // the cluster creates topics that Metadata names
+	Request    yaml.Node
+	Expect     struct {
 		Forward yaml.Node // "original", or the reduced request; absent when the broker hears nothing
 		Answer  yaml.Node // our own answer
 		Close   string    // why the connection is closed
@@ -47,6 +48,8 @@ type scenario struct {
 		Barrier bool
 	}
 }
+
+type subject struct{ Cluster, SPIFFE, Principal, Host string }
 
 func TestScenarios(t *testing.T) {
 	files, err := filepath.Glob("testdata/*/*.yaml")
@@ -107,7 +110,7 @@ func keyNamed(name string) int16 {
 }
 
 func (s *scenario) play(t *testing.T, view *policy.View, key, version int16) {
-	c := &Ctx{View: view, Topics: s.topics(t)}
+	c := &Ctx{View: view, Topics: s.topics(t), AutoCreate: s.AutoCreate}
 	req := kmsg.RequestForKey(key)
 	build(t, &s.Request, req, version)
 	original := req.AppendTo(nil)
@@ -301,14 +304,23 @@ func build(t testing.TB, text *yaml.Node, m message, version int16) {
 	if err := fill(text, reflect.ValueOf(m).Elem()); err != nil {
 		t.Fatal(err)
 	}
-	m.SetVersion(version)
-	wire := m.AppendTo(nil)
-	if err := m.ReadFrom(wire); err != nil {
-		t.Fatalf("decode what was just encoded: %v", err)
-	}
+	wire := overWire(t, m, version)
 	if again := m.AppendTo(nil); !bytes.Equal(again, wire) {
 		t.Fatalf("kmsg does not keep this message over the wire: %x became %x", wire, again)
 	}
+}
+
+// overWire encodes m at the version and decodes it again into m, which loses the fields the version does not have.
+func overWire(t testing.TB, m message, version int16) (wire []byte) {
+	t.Helper()
+	m.SetVersion(version)
+	wire = m.AppendTo(nil)
+	reflect.ValueOf(m).Elem().SetZero()
+	m.SetVersion(version)
+	if err := m.ReadFrom(wire); err != nil {
+		t.Fatalf("decode what was just encoded: %v", err)
+	}
+	return wire
 }
 
 // same compares a message with the scenario's text as bytes of the version.

@@ -303,7 +303,8 @@ func wanted(t reflect.Type) string {
 	case reflect.Uint, reflect.Uint8, reflect.Uint16, reflect.Uint32, reflect.Uint64:
 		return fmt.Sprintf("a whole number from 0 to %d", uint64(math.MaxUint64)>>(64-t.Bits()))
 	default:
-		return fmt.Sprintf("a whole number from %d to %d", int64(math.MinInt64)>>(64-t.Bits()), int64(math.MaxInt64)>>(64-t.Bits()))
+		unused := 64 - t.Bits()
+		return fmt.Sprintf("a whole number from %d to %d", int64(math.MinInt64)>>unused, int64(math.MaxInt64)>>unused)
 	}
 }
 

@@ -55,7 +55,7 @@ func Errorf(node *yaml.Node, format string, args ...any) Error {
 
 // Join is several errors as one, nil when none is left; errors without a position get the node's.
 func Join(node *yaml.Node, errs ...error) error {
-	var all Errors
+	all := make(Errors, 0, len(errs))
 	for _, err := range errs {
 		all = append(all, positioned(node, err)...)
 	}
@@ -95,9 +95,9 @@ func (a *At[T]) UnmarshalYAML(node *yaml.Node) error {
 // Decode reads the one YAML document in data into out, a pointer to a struct.
 //
 // Keys are the fields' `yaml:"name"` tags ("-" hides a field, ",inline" lifts the keys of a struct); a field tagged
-// `strict:"required"` must be there. Beside structs, pointers, slices, maps with string keys, strings, booleans, numbers
-// and time.Duration, a type decodes itself by UnmarshalYAML(*yaml.Node) error or by encoding.TextUnmarshaler; there,
-// Errorf gives an error its position and Node decodes a part with the same strictness.
+// `strict:"required"` must be there. Beside structs, pointers, slices, maps with string keys, strings, booleans,
+// numbers and time.Duration, a type decodes itself by UnmarshalYAML(*yaml.Node) error or by encoding.TextUnmarshaler;
+// there, Errorf gives an error its position and Node decodes a part with the same strictness.
 //
 // The error is an Errors. On error out is partly filled and must not be used.
 func Decode(file string, data []byte, out any) error {

@@ -88,36 +88,69 @@ func TestWhatIsWrongIsSaidWithItsPosition(t *testing.T) {
 			"name: n\nparts:\n  - {tpoic: x}", `f:3:6: unknown key "tpoic", did you mean "topic"? (allowed: topic, operations)`},
 		"an unknown key near to none suggests none": {
 			"name: n\nopt: {guards: 1}", `f:2:7: unknown key "guards" (allowed: topic, operations)`},
-		"a duplicate key names the first":     {"name: n\non: true\nname: m", `f:3:1: the key "name" is given twice, first in line 1`},
-		"a duplicate key in a map":            {"name: n\nlabels: {a: b, a: c}", `f:2:16: the key "a" is given twice, first in line 2`},
-		"a missing key":                       {"on: true", `f:1:1: the key "name" is missing`},
-		"a number where a string is wanted":   {"name: 12", `f:1:7: want a string, not a number: put it in quotes`},
-		"a list where a string is wanted":     {"name: [a]", `f:1:7: want a string, not a list`},
-		"a string where a list is wanted":     {"name: n\nparts: x", `f:2:8: want a list, not a string`},
-		"a list where a mapping is wanted":    {"name: n\nopt: [x]", `f:2:6: want a mapping of keys to values, not a list`},
-		"a word where a boolean is wanted":    {"name: n\non: yes", `f:2:5: want true or false, not a string`},
-		"a number that does not fit":          {"name: n\ncount: 256", `f:2:8: 256 is out of range for a whole number from 0 to 255`},
-		"a negative number":                   {"name: n\ncount: -1", `f:2:8: -1 is out of range for a whole number from 0 to 255`},
-		"a duration without a unit":           {"name: n\nwait: 10", `f:2:7: want a duration like 10s, not a number`},
-		"a duration that is none":             {"name: n\nwait: soon", `f:2:7: "soon" is not a duration: write it as 300ms, 10s, 15m or 1h30m`},
-		"a size that is none":                 {"name: n\nsize: 1.5MiB", `f:2:7: "1.5MiB" is not a size: write it as 4096, 100KB or 64MiB`},
-		"a size that overflows":               {"name: n\nsize: 9000000000GiB", `f:2:7: "9000000000GiB" is not a size: write it as 4096, 100KB or 64MiB`},
+		"a duplicate key names the first": {
+			"name: n\non: true\nname: m", `f:3:1: the key "name" is given twice, first in line 1`,
+		},
+		"a duplicate key in a map": {
+			"name: n\nlabels: {a: b, a: c}", `f:2:16: the key "a" is given twice, first in line 2`,
+		},
+		"a missing key":                     {"on: true", `f:1:1: the key "name" is missing`},
+		"a number where a string is wanted": {"name: 12", `f:1:7: want a string, not a number: put it in quotes`},
+		"a list where a string is wanted":   {"name: [a]", `f:1:7: want a string, not a list`},
+		"a string where a list is wanted":   {"name: n\nparts: x", `f:2:8: want a list, not a string`},
+		"a list where a mapping is wanted": {
+			"name: n\nopt: [x]", `f:2:6: want a mapping of keys to values, not a list`,
+		},
+		"a word where a boolean is wanted": {"name: n\non: yes", `f:2:5: want true or false, not a string`},
+		"a number that does not fit": {
+			"name: n\ncount: 256", `f:2:8: 256 is out of range for a whole number from 0 to 255`,
+		},
+		"a negative number": {
+			"name: n\ncount: -1", `f:2:8: -1 is out of range for a whole number from 0 to 255`,
+		},
+		"a duration without a unit": {"name: n\nwait: 10", `f:2:7: want a duration like 10s, not a number`},
+		"a duration that is none": {
+			"name: n\nwait: soon", `f:2:7: "soon" is not a duration: write it as 300ms, 10s, 15m or 1h30m`,
+		},
+		"a size that is none": {
+			"name: n\nsize: 1.5MiB", `f:2:7: "1.5MiB" is not a size: write it as 4096, 100KB or 64MiB`,
+		},
+		"a size that overflows": {
+			"name: n\nsize: 9000000000GiB", `f:2:7: "9000000000GiB" is not a size: write it as 4096, 100KB or 64MiB`,
+		},
 		"a type's own error by UnmarshalText": {"name: n\naddr: x", `f:2:7: ParseAddr("x"): unable to parse IP`},
 		"a type's own error by UnmarshalYAML": {"name: n\neven: 3", `f:2:7: 3 is odd`},
-		"a strict error inside such a type":   {"name: n\neven: x", `f:2:7: want a whole number from -9223372036854775808 to 9223372036854775807, not a string`},
-		"a key without a value":               {"name: n\nparts:", `f:2:7: no value: give one or leave the key out`},
-		"an alias":                            {"name: &a n\nwhere: *a", `f:2:8: aliases (*a) are not supported: write the value out`},
-		"a merge key":                         {"name: n\nopt: {<<: {topic: x}}", `f:2:7: want a plain word as key, not a merge (<<)`},
-		"a key that is a list":                {"name: n\n? [a]\n: 1", `f:2:3: want a plain word as key, not a list`},
-		"a tagged value":                      {"name: !secret n", `f:1:7: want a string, not a value tagged !secret: put it in quotes`},
-		"a second document":                   {"name: n\n---\nname: m", `f:2:1: a second YAML document: a file holds one, put the other into a file of its own`},
-		"an empty file":                       {"", `f:1: the file is empty`},
-		"a file of comments":                  {"# nothing", `f:1: the file is empty`},
-		"an empty document":                   {"---\n", `f:1: the file is empty`},
-		"what is not YAML":                    {"name: n\n  on: [", `f:2: not YAML: mapping values are not allowed in this context`},
-		"a broken second document":            {"name: n\n---\n\ta: b", `f:3: not YAML: found character that cannot start any token`},
+		"a strict error inside such a type": {
+			"name: n\neven: x",
+			`f:2:7: want a whole number from -9223372036854775808 to 9223372036854775807, not a string`,
+		},
+		"a key without a value": {"name: n\nparts:", `f:2:7: no value: give one or leave the key out`},
+		"an alias": {
+			"name: &a n\nwhere: *a", `f:2:8: aliases (*a) are not supported: write the value out`,
+		},
+		"a merge key": {
+			"name: n\nopt: {<<: {topic: x}}", `f:2:7: want a plain word as key, not a merge (<<)`,
+		},
+		"a key that is a list": {"name: n\n? [a]\n: 1", `f:2:3: want a plain word as key, not a list`},
+		"a tagged value": {
+			"name: !secret n", `f:1:7: want a string, not a value tagged !secret: put it in quotes`,
+		},
+		"a second document": {
+			"name: n\n---\nname: m",
+			`f:2:1: a second YAML document: a file holds one, put the other into a file of its own`,
+		},
+		"an empty file":      {"", `f:1: the file is empty`},
+		"a file of comments": {"# nothing", `f:1: the file is empty`},
+		"an empty document":  {"---\n", `f:1: the file is empty`},
+		"what is not YAML": {
+			"name: n\n  on: [", `f:2: not YAML: mapping values are not allowed in this context`,
+		},
+		"a broken second document": {
+			"name: n\n---\n\ta: b", `f:3: not YAML: found character that cannot start any token`,
+		},
 		"several things at once, in file order": {
-			"nmae: n\ncount: -1\non: 1", "f:1:1: unknown key \"nmae\", did you mean \"name\"? (allowed: name, on, count, ratio, wait, size, " +
+			"tname: n\ncount: -1\non: 1", "f:1:1: unknown key \"tname\", did you mean \"name\"? " +
+				"(allowed: name, on, count, ratio, wait, size, " +
 				"addr, labels, even, parts, opt, where)\nf:1:1: the key \"name\" is missing\n" +
 				"f:2:8: -1 is out of range for a whole number from 0 to 255\nf:3:5: want true or false, not a number"},
 	} {

@@ -1,0 +1,52 @@
+# Every target works alone on a fresh Debian 12 or Ubuntu 24.04 machine, as root, with Go, make and git:
+# scripts/setup installs what a target needs and the machine lacks.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+export KLAMM_CACHE ?= $(HOME)/.cache/klamm
+export PATH := $(KLAMM_CACHE)/bin:$(PATH)
+
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+setup := scripts/setup
+objects := $(wildcard bpf/*_bpfel*)
+
+.PHONY: help build generate test lint demo verify-clients verify-kgo bench clean
+
+help: ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 18
+
+build: ## bin/klamm, a static binary
+	$(setup) go
+	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/klamm ./cmd/klamm
+
+generate: ## the eBPF objects from their C sources
+	$(setup) go clang
+	go generate ./bpf
+
+test: ## unit tests under the race detector, real kernel hooks, a lean pass over real Kafka; needs root
+	$(setup) go gcc kafka
+	go vet ./...
+	go test -race -timeout 15m ./...
+
+lint: ## golangci-lint, and that the committed eBPF objects are what their sources give
+	$(setup) lint clang
+	CGO_ENABLED=0 golangci-lint run ./...
+	scripts/same-objects $(objects)
+
+demo: build ## the product on this machine in a minute; needs root
+	bin/klamm demo
+
+verify-clients: build ## foreign Kafka clients through the node and a real three-broker Kafka; needs root
+	$(setup) kafka
+	go run ./test/clients
+
+verify-kgo: build ## franz-go's own integration tests, direct and through the node; needs root
+	$(setup) kafka
+	go run ./test/kgo
+
+bench: build ## direct, bare relay, hashing relay and klamm, interleaved; needs root
+	go run ./bench
+
+clean: ## removes what build made
+	rm -rf bin

@@ -1,0 +1,187 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"runtime"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// machine is where the run was made.
+type machine struct {
+	CPU    string `json:"cpu"`
+	Cores  int    `json:"cores"`
+	Kernel string `json:"kernel"`
+	Go     string `json:"go"`
+	Date   string `json:"date"`
+}
+
+func thisMachine() (machine, error) {
+	m := machine{Cores: runtime.NumCPU(), Go: runtime.Version(), Date: time.Now().UTC().Format(time.DateOnly)}
+	var name unix.Utsname
+	if err := unix.Uname(&name); err != nil {
+		return m, err
+	}
+	m.Kernel = unix.ByteSliceToString(name.Release[:])
+	info, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil {
+		return m, err
+	}
+	for line := range strings.Lines(string(info)) {
+		if key, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(key) == "model name" {
+			m.CPU = strings.TrimSpace(value)
+			break
+		}
+	}
+	return m, nil
+}
+
+func (r *results) writeJSON(w io.Writer) error {
+	e := json.NewEncoder(w)
+	e.SetIndent("", "  ")
+	return e.Encode(r)
+}
+
+// quantity is a row of the first table.
+type quantity struct {
+	title  string
+	of     func(cell) float64
+	format string
+	relays bool // only relays have it
+	loads  func(load) bool
+}
+
+var quantities = []quantity{
+	{"p50, ms", func(c cell) float64 { return c.P50 }, "%.2f", false, func(l load) bool { return l.rate > 0 }},
+	{"p99, ms", func(c cell) float64 { return c.P99 }, "%.1f", false, func(l load) bool { return l.rate > 0 }},
+	{"MB/s", func(c cell) float64 { return c.MBs }, "%.0f", false, func(l load) bool { return l.rate == 0 }},
+	{"CPU-ms per MB", func(c cell) float64 { return c.CPUPerMB }, "%.2f", true, func(load) bool { return true }},
+}
+
+func perMB(c cell) float64 { return c.CPUPerMB }
+func speed(c cell) float64 { return c.MBs }
+func p50(c cell) float64   { return c.P50 }
+
+// comparison is a row of the second table: a ratio of two variants, taken in each round.
+type comparison struct {
+	title, load, over string
+	of                func(cell) float64
+	added             bool // what is added over direct is compared
+	goal              string
+}
+
+var comparisons = []comparison{
+	{"CPU per MB, produce, klamm ÷ hashing relay", "produce", hashRelay, perMB, false, "≤ 1.25"},
+	{"CPU per MB, produce and consume, klamm ÷ hashing relay", "both", hashRelay, perMB, false, "≤ 1.25"},
+	{"CPU per MB, 5,000 msg/s, klamm ÷ hashing relay", "5k", hashRelay, perMB, false, ""},
+	{"CPU per MB, 20,000 msg/s, klamm ÷ hashing relay", "20k", hashRelay, perMB, false, ""},
+	{"CPU per MB, produce and consume, klamm ÷ bare relay", "both", bareRelay, perMB, false, ""},
+	{"MB/s, produce, klamm ÷ hashing relay", "produce", hashRelay, speed, false, "≥ 0.95"},
+	{"MB/s, produce and consume, klamm ÷ hashing relay", "both", hashRelay, speed, false, "≥ 0.95"},
+	{"MB/s, produce and consume, klamm ÷ direct", "both", direct, speed, false, ""},
+	{"added p50, 5,000 msg/s, klamm ÷ bare relay", "5k", bareRelay, p50, true, "≤ 1.25"},
+	{"added p50, 20,000 msg/s, klamm ÷ bare relay", "20k", bareRelay, p50, true, "≤ 1.25"},
+}
+
+func (r *results) values(load, variant string, of func(cell) float64) []float64 {
+	var values []float64
+	for _, c := range r.Cells[load][variant] {
+		values = append(values, of(c))
+	}
+	return values
+}
+
+func (r *results) markdown() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s, %d cores, Linux %s, %s, %s. Broker: %s. %d rounds, %s per load. Medians with 95 %% confidence intervals.\n\n",
+		r.Machine.CPU, r.Machine.Cores, r.Machine.Kernel, r.Machine.Go, r.Machine.Date, r.Broker, r.Rounds, r.Measured)
+	fmt.Fprintf(&b, "| | %s |\n|---%s|\n", strings.Join(r.Variants, " | "), strings.Repeat("|---", len(r.Variants)))
+	for _, l := range loads {
+		for _, q := range quantities {
+			if len(r.Cells[l.name]) > 0 && q.loads(l) {
+				fmt.Fprintf(&b, "| %s, %s |", l.title, q.title)
+				for _, v := range r.Variants {
+					fmt.Fprintf(&b, " %s |", q.cell(r.values(l.name, v, q.of), v))
+				}
+				b.WriteString("\n")
+			}
+		}
+	}
+	b.WriteString("| resident memory at most, MB |")
+	for _, v := range r.Variants {
+		if m := r.Memory[v]; m > 0 {
+			fmt.Fprintf(&b, " %.0f |", float64(m)/1e6)
+		} else {
+			b.WriteString(" – |")
+		}
+	}
+	b.WriteString("\n\n| ratio, by round | median | 95 % | aim |\n|---|---|---|---|\n")
+	for _, c := range comparisons {
+		if ratios := r.ratios(c); len(ratios) > 0 {
+			e := estimated(ratios)
+			fmt.Fprintf(&b, "| %s | %.2f | %.2f to %.2f | %s |\n", c.title, e.median, e.low, e.high, c.goal)
+		}
+	}
+	c := r.Connects
+	fmt.Fprintf(&b, "\nA connect takes %.1f µs directly and %.1f µs redirected; to a port that is no broker's %.1f µs, and %.1f µs where "+
+		"a redirect is attached. The eBPF programs, per run:", c.Direct, c.Redirected, c.Foreign, c.ForeignRedirected)
+	for i, name := range slices.Sorted(maps.Keys(c.Programs)) {
+		fmt.Fprintf(&b, "%s %s %.0f ns", map[bool]string{true: ","}[i > 0], name, c.Programs[name])
+	}
+	b.WriteString(".\n")
+	return b.String()
+}
+
+func (q *quantity) cell(values []float64, variant string) string {
+	if len(values) == 0 || (q.relays && variant == direct) {
+		return "–"
+	}
+	e := estimated(values)
+	return fmt.Sprintf(q.format+" ("+q.format+" to "+q.format+")", e.median, e.low, e.high)
+}
+
+func (r *results) ratios(c comparison) []float64 {
+	ours, theirs := r.values(c.load, klammItself, c.of), r.values(c.load, c.over, c.of)
+	base := r.values(c.load, direct, c.of)
+	if len(ours) != len(theirs) {
+		return nil
+	}
+	ratios := make([]float64, len(ours))
+	for i := range ours {
+		zero := 0.0
+		if c.added {
+			zero = base[i]
+		}
+		ratios[i] = (ours[i] - zero) / (theirs[i] - zero)
+	}
+	return ratios
+}
+
+const (
+	beginMark = "<!-- bench: begin -->\n"
+	endMark   = "<!-- bench: end -->"
+)
+
+// update replaces what stands between the markers of a file.
+func (r *results) update(file string) error {
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	before, rest, ok := bytes.Cut(text, []byte(beginMark))
+	_, after, found := bytes.Cut(rest, []byte(endMark))
+	if !ok || !found {
+		return errors.New(file + ": no markers " + strings.TrimSpace(beginMark) + " and " + endMark)
+	}
+	out := slices.Concat(before, []byte(beginMark+"\n"+r.markdown()+"\n"+endMark), after)
+	return os.WriteFile(file, out, 0o644)
+}

@@ -1,0 +1,501 @@
+//go:build ignore
+
+// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
+//
+// The kernel side of the redirect. One connection passes these programs in this order:
+//
+//   connect4/6           decides; a broker-bound socket gets a record in its storage and the listener as destination
+//   sockops, connect     before the SYN leaves, when the local port is known: record -> handshake, by the 4-tuple
+//   sockops, established the accepted socket: handshake -> its storage, where the node finds it by the socket's fd
+//   sockops, closed      a client that never got through takes its handshake entry along
+//   getpeername4/6       tells the client the address it asked for
+//
+// Every entry dies with its socket or within the handshake, so nothing is evicted and nothing is swept.
+#include "kernel.h"
+#include "connect.h"
+#include "record.h"
+
+/* Helpers that read kernel memory are for GPL programs only, so this half is loaded under that of its two licences. */
+char klamm_license[] SEC("license") = "GPL";
+
+#define AF_INET 2
+#define AF_INET6 10
+#define SOCK_STREAM 1
+#define IPPROTO_TCP 6
+#define IPPROTO_MPTCP 262
+#define SOL_SOCKET 1
+#define SO_BINDTODEVICE 25
+#define TCP_CLOSE 7
+#define ECONNREFUSED 111
+
+#define REFUSE 0
+#define PASS 1
+
+/* The brokers' ports, one bit each. */
+struct klamm_ports {
+	__u64 bits[65536 / 64];
+};
+
+struct {
+	MAP_NUMBER(type, BPF_MAP_TYPE_ARRAY);
+	MAP_NUMBER(max_entries, 1);
+	MAP_TYPE(key, __u32);
+	MAP_TYPE(value, struct klamm_ports);
+} klamm_ports SEC(".maps");
+
+/* Network namespace cookie -> port of the listener in it, host order. */
+struct {
+	MAP_NUMBER(type, BPF_MAP_TYPE_HASH);
+	MAP_NUMBER(max_entries, 65536);
+	MAP_NUMBER(map_flags, BPF_F_NO_PREALLOC);
+	MAP_TYPE(key, __u64);
+	MAP_TYPE(value, __u16);
+} klamm_enrolled SEC(".maps");
+
+/* Ids of cgroups whose processes are not redirected: brokers on this host. */
+struct {
+	MAP_NUMBER(type, BPF_MAP_TYPE_HASH);
+	MAP_NUMBER(max_entries, 1024);
+	MAP_NUMBER(map_flags, BPF_F_NO_PREALLOC);
+	MAP_TYPE(key, __u64);
+	MAP_TYPE(value, __u8);
+} klamm_exempt SEC(".maps");
+
+/* The node's own sockets. Only who holds the map can write here, unlike a mark, which CAP_NET_RAW may set. */
+struct {
+	MAP_NUMBER(type, BPF_MAP_TYPE_SK_STORAGE);
+	MAP_NUMBER(map_flags, BPF_F_NO_PREALLOC);
+	MAP_TYPE(key, int);
+	MAP_TYPE(value, __u8);
+} klamm_stamp SEC(".maps");
+
+/* On the client's socket, from connect to its end or its next connect. */
+struct {
+	MAP_NUMBER(type, BPF_MAP_TYPE_SK_STORAGE);
+	MAP_NUMBER(map_flags, BPF_F_NO_PREALLOC);
+	MAP_TYPE(key, int);
+	MAP_TYPE(value, struct klamm_record);
+} klamm_client SEC(".maps");
+
+/* On the accepted socket. */
+struct {
+	MAP_NUMBER(type, BPF_MAP_TYPE_SK_STORAGE);
+	MAP_NUMBER(map_flags, BPF_F_NO_PREALLOC);
+	MAP_TYPE(key, int);
+	MAP_TYPE(value, struct klamm_record);
+} klamm_accepted SEC(".maps");
+
+struct klamm_tuple {
+	__u64 netns_cookie;
+	struct klamm_address client, server;
+	__u32 client_port, server_port; /* host order */
+};
+
+/* Between the SYN and the accepted socket. Full means refused (and counted); an LRU would lose somebody else's. */
+struct {
+	MAP_NUMBER(type, BPF_MAP_TYPE_HASH);
+	MAP_NUMBER(max_entries, 65536);
+	MAP_NUMBER(map_flags, BPF_F_NO_PREALLOC);
+	MAP_TYPE(key, struct klamm_tuple);
+	MAP_TYPE(value, struct klamm_record);
+} klamm_handshake SEC(".maps");
+
+struct {
+	MAP_NUMBER(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	MAP_NUMBER(max_entries, KLAMM_REASONS);
+	MAP_TYPE(key, enum klamm_reason);
+	MAP_TYPE(value, __u64);
+} klamm_counters SEC(".maps");
+
+/* Atomic although per CPU: one task can interrupt another within a program. */
+INLINE void count(enum klamm_reason reason)
+{
+	__u64 *n = bpf_map_lookup_elem(&klamm_counters, &reason);
+
+	if (n)
+		__sync_fetch_and_add(n, 1);
+}
+
+INLINE int is_broker_port(__u16 port)
+{
+	__u32 zero = 0;
+	const struct klamm_ports *p = bpf_map_lookup_elem(&klamm_ports, &zero);
+
+	return p && p->bits[port / 64] >> (port % 64) & 1;
+}
+
+INLINE __u16 listener_port(void *ctx)
+{
+	__u64 cookie = bpf_get_netns_cookie(ctx);
+	const __u16 *port = bpf_map_lookup_elem(&klamm_enrolled, &cookie);
+
+	return port ? *port : 0;
+}
+
+/* By the process that connects, not by the cgroup its socket was made in: a socket handed over by an exempt process
+ * does not carry the exemption along. An exemption deeper than 32 levels is not found, and the process is redirected. */
+INLINE int is_exempt(void)
+{
+	for (int level = 0; level < 32; level++) {
+		__u64 id = bpf_get_current_ancestor_cgroup_id(level);
+
+		if (!id)
+			return 0;
+		if (bpf_map_lookup_elem(&klamm_exempt, &id))
+			return 1;
+	}
+	return 0;
+}
+
+/* running is any thread of the process: its leader may have ended and have no memory any more. */
+INLINE void read_task(struct klamm_task *to, struct task_struct___klamm *leader, struct task_struct___klamm *running)
+{
+	struct inode___klamm *exe = READ(READ(READ(running, mm), exe_file), f_inode);
+	struct pid___klamm *pid = READ(leader, thread_pid);
+	struct cred___klamm *cred = READ(leader, real_cred);
+
+	to->start_boottime = READ(leader, start_boottime);
+	to->exec_id = READ(leader, self_exec_id);
+	to->pid_inode = HAS_FIELD(pid->ino) ? READ(pid, ino) : 0;
+	to->exe_inode = READ(exe, i_ino);
+	to->exe_dev = READ(READ(exe, i_sb), s_dev);
+	to->cgroup_id = READ(READ(READ(READ(leader, cgroups), dfl_cgrp), kn), id);
+	to->tgid = READ(leader, tgid);
+	to->uid = READ(cred, uid.val);
+	to->gid = READ(cred, gid.val);
+	bpf_probe_read_kernel(to->comm, sizeof(to->comm), &leader->comm);
+}
+
+INLINE void write_record(struct klamm_record *r, struct bpf_sock_addr *ctx, const struct klamm_connect *c, __u16 family,
+			 __u32 ifindex)
+{
+	struct task_struct___klamm *task = (void *)bpf_get_current_task();
+	__u64 uid_gid = bpf_get_current_uid_gid();
+
+	read_task(&r->task, READ(task, group_leader), task);
+	r->task.uid = uid_gid;
+	r->task.gid = uid_gid >> 32;
+	r->task.cgroup_id = READ(READ(READ(READ(task, cgroups), dfl_cgrp), kn), id);
+	r->version = KLAMM_RECORD_VERSION;
+	r->netns_inum = READ(READ(READ(task, nsproxy), net_ns), ns.inum);
+	r->netns_cookie = bpf_get_netns_cookie(ctx);
+	r->client_cookie = bpf_get_socket_cookie(ctx);
+	r->connect_time = bpf_ktime_get_boot_ns();
+	__builtin_memcpy(r->daddr, &c->to, sizeof(r->daddr));
+	r->dport = c->port;
+	r->family = family;
+	r->protocol = ctx->protocol;
+	r->tid = bpf_get_current_pid_tgid();
+	r->ifindex = ifindex;
+	bpf_get_current_comm(r->comm, sizeof(r->comm));
+}
+
+/* Makes the socket ready to be sent to the listener; any reason but KLAMM_REDIRECTED refuses it. */
+INLINE enum klamm_reason prepare(struct bpf_sock_addr *ctx, const struct klamm_connect *c, __u16 family)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct klamm_record *r;
+	__u32 ifindex;
+	char none = 0;
+
+	if (!sk)
+		return KLAMM_REFUSED_NO_SOCKET;
+	/* Bound to a device, the SYN to loopback would leave by that device and never come back. */
+	ifindex = sk->bound_dev_if;
+	if (ifindex && bpf_setsockopt(ctx, SOL_SOCKET, SO_BINDTODEVICE, &none, sizeof(none)))
+		return KLAMM_REFUSED_BOUND_DEVICE;
+	/* Counts against the socket's option memory (net.core.optmem_max), so it may fail. */
+	r = bpf_sk_storage_get(&klamm_client, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!r)
+		return KLAMM_REFUSED_NO_STORAGE;
+	write_record(r, ctx, c, family, ifindex);
+	return KLAMM_REDIRECTED;
+}
+
+/* Fills the rest of c (to and port are given) and decides. Looks up only what this destination needs: most connects
+ * are neither broker-bound nor to loopback. */
+INLINE enum klamm_reason on_connect(struct bpf_sock_addr *ctx, struct klamm_connect *c, __u16 family)
+{
+	struct bpf_sock *sk = ctx->sk;
+	enum klamm_reason reason;
+
+	klamm_normalise(&c->to);
+	c->broker_port = is_broker_port(c->port);
+	if (c->broker_port || klamm_is_loopback(&c->to))
+		c->listener = listener_port(ctx);
+	if (c->broker_port) {
+		struct task_struct___klamm *task = (void *)bpf_get_current_task();
+
+		c->stamped = sk && bpf_sk_storage_get(&klamm_stamp, sk, NULL, 0);
+		c->kernel_thread = !!(READ(task, flags) & PF_KTHREAD);
+		c->exempt = is_exempt();
+	}
+	reason = klamm_decide(c);
+	if (reason == KLAMM_REDIRECTED)
+		reason = prepare(ctx, c, family);
+	/* A socket may connect again after connect(AF_UNSPEC): what it was before no longer holds. */
+	if (reason != KLAMM_REDIRECTED && sk)
+		bpf_sk_storage_delete(&klamm_client, sk);
+	count(reason);
+	return reason;
+}
+
+/* Before 5.18 a program cannot choose the error and the client sees EPERM. */
+INLINE int refuse(void)
+{
+	if (HAS_ENUM_VALUE(enum bpf_func_id___klamm, BPF_FUNC_set_retval___klamm))
+		bpf_set_retval(-ECONNREFUSED);
+	return REFUSE;
+}
+
+INLINE int is_tcp(__u32 type, __u32 protocol)
+{
+	return type == SOCK_STREAM && (protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP);
+}
+
+SEC("cgroup/connect4")
+int klamm_connect4(struct bpf_sock_addr *ctx)
+{
+	struct klamm_connect c = {.port = klamm_be16(CTX(ctx->user_port))};
+	enum klamm_reason reason;
+
+	if (!is_tcp(CTX(ctx->type), CTX(ctx->protocol)))
+		return PASS;
+	klamm_set_v4(&c.to, CTX(ctx->user_ip4));
+	reason = on_connect(ctx, &c, AF_INET);
+	if (reason <= KLAMM_PASSED_EXEMPT)
+		return PASS;
+	if (reason != KLAMM_REDIRECTED)
+		return refuse();
+	ctx->user_ip4 = KLAMM_V4_LOOPBACK;
+	ctx->user_port = klamm_be16(c.listener);
+	return PASS;
+}
+
+SEC("cgroup/connect6")
+int klamm_connect6(struct bpf_sock_addr *ctx)
+{
+	struct klamm_connect c = {.port = klamm_be16(CTX(ctx->user_port))};
+	enum klamm_reason reason;
+	struct klamm_address to;
+
+	if (!is_tcp(CTX(ctx->type), CTX(ctx->protocol)))
+		return PASS;
+	c.to.word[0] = CTX(ctx->user_ip6[0]);
+	c.to.word[1] = CTX(ctx->user_ip6[1]);
+	c.to.word[2] = CTX(ctx->user_ip6[2]);
+	c.to.word[3] = CTX(ctx->user_ip6[3]);
+	reason = on_connect(ctx, &c, AF_INET6);
+	if (reason <= KLAMM_PASSED_EXEMPT)
+		return PASS;
+	if (reason != KLAMM_REDIRECTED)
+		return refuse();
+	to = klamm_listener_address(&c.to);
+	ctx->user_ip6[0] = to.word[0];
+	ctx->user_ip6[1] = to.word[1];
+	ctx->user_ip6[2] = to.word[2];
+	ctx->user_ip6[3] = to.word[3];
+	ctx->user_port = klamm_be16(c.listener);
+	return PASS;
+}
+
+INLINE struct klamm_record *client_record(struct bpf_sock *sk)
+{
+	return sk ? bpf_sk_storage_get(&klamm_client, sk, NULL, 0) : NULL;
+}
+
+SEC("cgroup/getpeername4")
+int klamm_getpeername4(struct bpf_sock_addr *ctx)
+{
+	const struct klamm_record *r = client_record(ctx->sk);
+	struct klamm_address to;
+
+	if (!r)
+		return PASS;
+	__builtin_memcpy(&to, r->daddr, sizeof(to));
+	ctx->user_ip4 = to.word[3];
+	ctx->user_port = klamm_be16(r->dport);
+	return PASS;
+}
+
+SEC("cgroup/getpeername6")
+int klamm_getpeername6(struct bpf_sock_addr *ctx)
+{
+	const struct klamm_record *r = client_record(ctx->sk);
+	struct klamm_address to;
+
+	if (!r)
+		return PASS;
+	__builtin_memcpy(&to, r->daddr, sizeof(to));
+	ctx->user_ip6[0] = to.word[0];
+	ctx->user_ip6[1] = to.word[1];
+	ctx->user_ip6[2] = to.word[2];
+	ctx->user_ip6[3] = to.word[3];
+	ctx->user_port = klamm_be16(r->dport);
+	return PASS;
+}
+
+/* Who binds the listener's address and port would be handed the clients while the node is away. Addresses to which no
+ * redirect goes are free: bind(port 0) of somebody else may well be given our port there. */
+INLINE int on_bind(struct bpf_sock *ctx, struct klamm_address *at)
+{
+	klamm_normalise(at);
+	if (!klamm_is_listener_address(at) || CTX(ctx->src_port) != listener_port(ctx))
+		return PASS;
+	if (bpf_sk_storage_get(&klamm_stamp, ctx, NULL, 0))
+		return PASS;
+	count(KLAMM_REFUSED_BIND);
+	return REFUSE;
+}
+
+SEC("cgroup/post_bind4")
+int klamm_post_bind4(struct bpf_sock *ctx)
+{
+	struct klamm_address at;
+
+	if (!is_tcp(CTX(ctx->type), CTX(ctx->protocol)))
+		return PASS;
+	klamm_set_v4(&at, CTX(ctx->src_ip4));
+	return on_bind(ctx, &at);
+}
+
+SEC("cgroup/post_bind6")
+int klamm_post_bind6(struct bpf_sock *ctx)
+{
+	struct klamm_address at;
+
+	if (!is_tcp(CTX(ctx->type), CTX(ctx->protocol)))
+		return PASS;
+	at.word[0] = CTX(ctx->src_ip6[0]);
+	at.word[1] = CTX(ctx->src_ip6[1]);
+	at.word[2] = CTX(ctx->src_ip6[2]);
+	at.word[3] = CTX(ctx->src_ip6[3]);
+	return on_bind(ctx, &at);
+}
+
+INLINE void local_end(struct bpf_sock_ops *ctx, struct klamm_address *a, __u32 *port)
+{
+	if (CTX(ctx->family) == AF_INET) {
+		klamm_set_v4(a, CTX(ctx->local_ip4));
+	} else {
+		a->word[0] = CTX(ctx->local_ip6[0]);
+		a->word[1] = CTX(ctx->local_ip6[1]);
+		a->word[2] = CTX(ctx->local_ip6[2]);
+		a->word[3] = CTX(ctx->local_ip6[3]);
+	}
+	*port = CTX(ctx->local_port);
+}
+
+INLINE void remote_end(struct bpf_sock_ops *ctx, struct klamm_address *a, __u32 *port)
+{
+	if (CTX(ctx->family) == AF_INET) {
+		klamm_set_v4(a, CTX(ctx->remote_ip4));
+	} else {
+		a->word[0] = CTX(ctx->remote_ip6[0]);
+		a->word[1] = CTX(ctx->remote_ip6[1]);
+		a->word[2] = CTX(ctx->remote_ip6[2]);
+		a->word[3] = CTX(ctx->remote_ip6[3]);
+	}
+	*port = klamm_be32(CTX(ctx->remote_port));
+}
+
+INLINE struct klamm_tuple tuple_of_client(struct bpf_sock_ops *ctx)
+{
+	struct klamm_tuple t = {.netns_cookie = bpf_get_netns_cookie(ctx)};
+
+	local_end(ctx, &t.client, &t.client_port);
+	remote_end(ctx, &t.server, &t.server_port);
+	return t;
+}
+
+INLINE struct klamm_tuple tuple_of_accepted(struct bpf_sock_ops *ctx)
+{
+	struct klamm_tuple t = {.netns_cookie = bpf_get_netns_cookie(ctx)};
+
+	remote_end(ctx, &t.client, &t.client_port);
+	local_end(ctx, &t.server, &t.server_port);
+	return t;
+}
+
+/* The SYN goes out whatever we return. A connection whose record did not get into handshake is accepted without one,
+ * and the node refuses it.
+ * Not at ACTIVE_ESTABLISHED: with TCP Fast Open on the server the other side is established before. */
+INLINE void on_syn(struct bpf_sock_ops *ctx)
+{
+	const struct klamm_record *r = client_record(ctx->sk);
+	struct klamm_tuple t;
+
+	if (!r)
+		return;
+	if (bpf_sock_ops_cb_flags_set(ctx, CTX(ctx->bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_STATE_CB_FLAG)) {
+		count(KLAMM_HANDSHAKE_NO_STATE_CALLBACK);
+		return;
+	}
+	t = tuple_of_client(ctx);
+	count(bpf_map_update_elem(&klamm_handshake, &t, r, BPF_ANY) ? KLAMM_HANDSHAKE_NO_ENTRY : KLAMM_HANDSHAKE_BEGUN);
+}
+
+INLINE void on_client_closed(struct bpf_sock_ops *ctx)
+{
+	struct klamm_tuple t;
+
+	if (!client_record(ctx->sk))
+		return;
+	t = tuple_of_client(ctx);
+	bpf_map_delete_elem(&klamm_handshake, &t);
+}
+
+INLINE void on_accepted(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct klamm_record *r;
+	struct klamm_tuple t;
+
+	if (!sk || CTX(ctx->local_port) != listener_port(ctx))
+		return;
+	t = tuple_of_accepted(ctx);
+	r = bpf_map_lookup_elem(&klamm_handshake, &t);
+	if (!r) {
+		count(KLAMM_ACCEPTED_WITHOUT_RECORD);
+		return;
+	}
+	count(bpf_sk_storage_get(&klamm_accepted, sk, r, BPF_SK_STORAGE_GET_F_CREATE) ? KLAMM_HANDED_OVER
+										       : KLAMM_ACCEPTED_NO_STORAGE);
+	bpf_map_delete_elem(&klamm_handshake, &t);
+}
+
+SEC("sockops")
+int klamm_sockops(struct bpf_sock_ops *ctx)
+{
+	switch (CTX(ctx->op)) {
+	case BPF_SOCK_OPS_TCP_CONNECT_CB:
+		on_syn(ctx);
+		break;
+	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
+		on_accepted(ctx);
+		break;
+	case BPF_SOCK_OPS_STATE_CB:
+		if (CTX(ctx->args[1]) == TCP_CLOSE)
+			on_client_closed(ctx);
+		break;
+	}
+	return 1;
+}
+
+/* Set under the reader's lock. */
+volatile __u32 klamm_wanted_pid;
+
+/* Says what a process is now. From Linux 6.1 the reader narrows the iterator to the one process; before that it walks
+ * all tasks and the test finds the one. */
+SEC("iter/task")
+int klamm_task(struct bpf_iter__task___klamm *ctx)
+{
+	struct task_struct___klamm *task = ctx->task;
+	struct klamm_task facts = {};
+
+	if (!task || READ(task, pid) != klamm_wanted_pid)
+		return 0;
+	read_task(&facts, task, task);
+	bpf_seq_write(ctx->meta->seq, &facts, sizeof(facts));
+	return 0;
+}

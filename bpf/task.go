@@ -1,0 +1,105 @@
+package bpf
+
+import (
+	"errors"
+	"fmt"
+	"runtime"
+	"sync"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+)
+
+// taskReader asks the kernel what a process is, by a BPF task iterator.
+type taskReader struct {
+	program *ebpf.Program
+	wanted  *ebpf.Variable
+
+	mu sync.Mutex // from setting wanted to having read
+}
+
+func (r *taskReader) read(pid uint32) (TaskFacts, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err := r.wanted.Set(pid); err != nil {
+		return TaskFacts{}, fmt.Errorf("read process %d in the kernel: %w", pid, err)
+	}
+	facts, err := iterate(r.program.FD(), pid)
+	runtime.KeepAlive(r.program)
+	if err != nil {
+		return TaskFacts{}, fmt.Errorf("read process %d in the kernel: %w", pid, err)
+	}
+	return facts, nil
+}
+
+// iterLinkInfo is union bpf_iter_link_info for tasks. Linux before 6.1 takes it as well, because all but the first word
+// is 0, and walks over all tasks.
+type iterLinkInfo struct {
+	tid, pid, pidFD uint32
+}
+
+// linkCreate and iterCreate are union bpf_attr of the commands of that name.
+type (
+	linkCreate struct {
+		programFD, targetFD, attachType, flags uint32
+		info                                   *iterLinkInfo
+		infoLen, _                             uint32
+	}
+	iterCreate struct {
+		linkFD, flags uint32
+	}
+)
+
+// iterate runs the iterator over one process. By own system calls, because cilium/ebpf cannot narrow an iterator to a
+// process.
+func iterate(programFD int, pid uint32) (facts TaskFacts, err error) {
+	info := iterLinkInfo{tid: pid}
+	link := linkCreate{
+		programFD:  uint32(programFD),
+		attachType: unix.BPF_TRACE_ITER,
+		info:       &info,
+		infoLen:    uint32(unsafe.Sizeof(info)),
+	}
+	linkFD, err := sysBPF(unix.BPF_LINK_CREATE, unsafe.Pointer(&link), unsafe.Sizeof(link))
+	if err != nil {
+		return TaskFacts{}, fmt.Errorf("make a task iterator: %w", err)
+	}
+	defer func() { err = errors.Join(err, unix.Close(linkFD)) }()
+
+	iter := iterCreate{linkFD: uint32(linkFD)}
+	iterFD, err := sysBPF(unix.BPF_ITER_CREATE, unsafe.Pointer(&iter), unsafe.Sizeof(iter))
+	if err != nil {
+		return TaskFacts{}, fmt.Errorf("open the task iterator: %w", err)
+	}
+	defer func() { err = errors.Join(err, unix.Close(iterFD)) }()
+
+	buf := unsafe.Slice((*byte)(unsafe.Pointer(&facts)), unsafe.Sizeof(facts))
+	switch n, err := ignoringEINTR(func() (int, error) { return unix.Read(iterFD, buf) }); {
+	case err != nil:
+		return TaskFacts{}, fmt.Errorf("run the task iterator: %w", err)
+	case n == 0:
+		return TaskFacts{}, ErrNoTask
+	}
+	return facts, nil
+}
+
+func sysBPF(cmd uintptr, attr unsafe.Pointer, size uintptr) (int, error) {
+	return ignoringEINTR(func() (int, error) {
+		n, _, errno := unix.Syscall(unix.SYS_BPF, cmd, uintptr(attr), size)
+		if errno != 0 {
+			return -1, errno
+		}
+		return int(n), nil
+	})
+}
+
+// ignoringEINTR: the Go runtime's own preemption signals may interrupt a system call.
+func ignoringEINTR(call func() (int, error)) (int, error) {
+	for {
+		n, err := call()
+		if !errors.Is(err, unix.EINTR) {
+			return n, err
+		}
+	}
+}

@@ -1,0 +1,210 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/btf"
+	"github.com/cilium/ebpf/features"
+	"github.com/rs/zerolog"
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"klamm/node"
+)
+
+// finding is the result of one check.
+type finding struct {
+	Check  string `json:"check"`
+	OK     bool   `json:"ok"`
+	Detail string `json:"detail"`           // what was found
+	Remedy string `json:"remedy,omitempty"` // what to do when it is not ok
+}
+
+// hostChecks are what a host needs, each with the way out.
+var hostChecks = []struct {
+	name   string
+	check  func() (detail string, err error)
+	remedy string
+}{
+	{"privileges", checkPrivileges, "run as root, or with CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON, CAP_SYS_ADMIN and CAP_SYS_PTRACE"},
+	{"kernel type information", checkBTF, "use a kernel built with CONFIG_DEBUG_INFO_BTF=y (Debian 12, Ubuntu 22.04 and later have it)"},
+	{"kernel features", checkFeatures, "use Linux 5.15 or newer, with CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF"},
+	{"cgroup2", checkCgroup2, "mount it: mount -t cgroup2 none /sys/fs/cgroup/unified (or boot with systemd.unified_cgroup_hierarchy=1)"},
+	{"bpffs", checkBPFFS, "mount it: mount -t bpf bpf /sys/fs/bpf (the node does so itself when it may)"},
+	{"eBPF programs", checkPrograms, "the message says what the kernel lacks, or which program of somebody else is in the way"},
+}
+
+func newDoctorCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "doctor",
+		Short: "Tell whether this host and its clusters are fit, and what to do if not",
+		Long: `Check privileges, the kernel's features, cgroup2, whether the eBPF programs load and attach (to an empty cgroup of
+their own, removed again), and, with -c, whether the configuration is valid and its clusters answer.
+
+Exit codes: 0 all checks passed, 1 at least one failed.`,
+		Example: "  klamm doctor -c /etc/klamm/klamm.yaml",
+		Args:    cobra.NoArgs,
+	}
+	file := cmd.Flags().StringP("config", "c", "", "also check this configuration and the clusters in it")
+	wait := cmd.Flags().Duration("wait", 10*time.Second, "how long a cluster may take to answer")
+	output := outputFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		var findings []finding
+		for _, c := range hostChecks {
+			findings = append(findings, found(c.name, c.remedy)(c.check()))
+		}
+		if *file != "" {
+			findings = append(findings, checkConfig(cmd.Context(), *file, *wait)...)
+		}
+		failed := 0
+		for _, f := range findings {
+			if !f.OK {
+				failed++
+			}
+		}
+		err := output.print(cmd.OutOrStdout(), findings, func(out io.Writer) error { return printFindings(out, findings) })
+		if err == nil && failed > 0 {
+			err = fmt.Errorf("%d of %d checks failed", failed, len(findings))
+		}
+		return err
+	}
+	return cmd
+}
+
+func found(name, remedy string) func(detail string, err error) finding {
+	return func(detail string, err error) finding {
+		if err != nil {
+			return finding{Check: name, Detail: err.Error(), Remedy: remedy}
+		}
+		return finding{Check: name, OK: true, Detail: detail}
+	}
+}
+
+func printFindings(out io.Writer, findings []finding) error {
+	var errs []error
+	for _, f := range findings {
+		mark := map[bool]string{true: "ok  ", false: "FAIL"}[f.OK]
+		_, err := fmt.Fprintf(out, "%s  %-24s %s\n", mark, f.Check, f.Detail)
+		errs = append(errs, err)
+		if f.Remedy != "" {
+			_, err = fmt.Fprintf(out, "      %-24s → %s\n", "", f.Remedy)
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// checkPrivileges looks at the capabilities the node uses, of capabilities(7).
+func checkPrivileges() (string, error) {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&header, &data[0]); err != nil {
+		return "", err
+	}
+	var missing []string
+	for _, c := range []struct {
+		name string
+		bit  uint
+	}{{"CAP_NET_ADMIN", unix.CAP_NET_ADMIN}, {"CAP_SYS_PTRACE", unix.CAP_SYS_PTRACE}, {"CAP_SYS_ADMIN", unix.CAP_SYS_ADMIN},
+		{"CAP_PERFMON", unix.CAP_PERFMON}, {"CAP_BPF", unix.CAP_BPF}} {
+		if data[c.bit/32].Effective>>(c.bit%32)&1 == 0 {
+			missing = append(missing, c.name)
+		}
+	}
+	if len(missing) > 0 {
+		return "", fmt.Errorf("missing: %s", strings.Join(missing, ", "))
+	}
+	return fmt.Sprintf("uid %d has all capabilities the node uses", os.Geteuid()), nil
+}
+
+func checkBTF() (string, error) {
+	if _, err := btf.LoadKernelSpec(); err != nil {
+		return "", err
+	}
+	return "the kernel describes its types (BTF)", nil
+}
+
+// checkFeatures asks for the newest things the programs use; all else is older.
+func checkFeatures() (string, error) {
+	var uname unix.Utsname
+	if err := unix.Uname(&uname); err != nil {
+		return "", err
+	}
+	release := "Linux " + unix.ByteSliceToString(uname.Release[:])
+	for _, f := range []struct {
+		what string
+		err  error
+	}{
+		{"programs at connect(2) (4.17)", features.HaveProgramType(ebpf.CGroupSockAddr)},
+		{"storage in sockets (5.2)", features.HaveMapType(ebpf.SkStorage)},
+		{"the network namespace's cookie in socket operations (5.15)", features.HaveProgramHelper(ebpf.SockOps, asm.FnGetNetnsCookie)},
+		{"storage in sockets at connect(2) (5.8)", features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnSkStorageGet)},
+	} {
+		if f.err != nil {
+			return "", fmt.Errorf("%s has no %s: %w", release, f.what, f.err)
+		}
+	}
+	return release, nil
+}
+
+func checkCgroup2() (string, error) {
+	path, err := node.Cgroup2Mount()
+	if err != nil {
+		return "", err
+	}
+	return "mounted at " + path, nil
+}
+
+func checkBPFFS() (string, error) {
+	const path = "/sys/fs/bpf"
+	if err := node.MountBPFFS(path); err != nil {
+		return "", err
+	}
+	return "mounted at " + path, nil
+}
+
+// checkPrograms loads and attaches the real programs to a cgroup that holds no process.
+func checkPrograms() (_ string, err error) {
+	root, err := node.Cgroup2Mount()
+	if err != nil {
+		return "", err
+	}
+	dir, err := os.MkdirTemp(root, "klamm-doctor-")
+	if err != nil {
+		return "", err
+	}
+	defer func() { err = errors.Join(err, os.Remove(dir)) }()
+	r, err := node.OpenRedirect(node.RedirectOptions{CgroupPath: dir})
+	if err != nil {
+		return "", err
+	}
+	return "they load and attach (tried at " + filepath.Base(dir) + ")", r.Close()
+}
+
+// checkConfig reads the configuration and its policies, and asks every cluster with the node's own client.
+func checkConfig(ctx context.Context, file string, wait time.Duration) []finding {
+	config, err := node.Load(file)
+	findings := []finding{found("configuration", "mend "+file)(file+" is valid", err)}
+	if err != nil {
+		return findings
+	}
+	_, err = node.LoadPolicy(config.Policies)
+	findings = append(findings, found("policies", "klamm policy check shows what is wrong")(
+		fmt.Sprintf("%d files are valid", len(config.Policies)), err))
+	ctx, cancel := context.WithTimeout(ctx, wait)
+	defer cancel()
+	for _, c := range config.Clusters {
+		findings = append(findings, found("cluster "+c.Name, "check bootstrap, tls and credentials, and the route from this host")(
+			node.ProbeCluster(ctx, c, zerolog.Nop())))
+	}
+	return findings
+}

@@ -1,0 +1,66 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/rs/zerolog"
+	"github.com/spf13/cobra"
+
+	"klamm/node"
+)
+
+func newNodeCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "node",
+		Short: "Run the agent on this host",
+		Long: `Redirect every broker-bound connection of this host's workloads, tell who connects, enforce the policy and write
+the audit. Needs root, Linux 5.15 or newer with BTF, and cgroup2; klamm doctor tells whether this host is fit.
+
+SIGHUP reads the policy files again; a bad file keeps the policy that is in force. SIGINT and SIGTERM end the
+redirect and the open connections: clients then reconnect to their brokers directly.
+
+The audit goes to standard output or to the file that audit.file names; the node's own log to standard error.
+
+Exit codes: 0 ended by a signal, 1 could not start or go on.`,
+		Example: "  klamm node -c /etc/klamm/klamm.yaml",
+		Args:    cobra.NoArgs,
+	}
+	file := cmd.Flags().StringP("config", "c", "/etc/klamm/klamm.yaml", "configuration file")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		config, err := node.Load(*file)
+		if err != nil {
+			return err
+		}
+		log := zerolog.New(cmd.ErrOrStderr()).With().Timestamp().Logger()
+		return runNode(cmd.Context(), config, log)
+	}
+	return cmd
+}
+
+func runNode(ctx context.Context, config node.Config, log zerolog.Logger) error {
+	n, err := node.Open(config, log)
+	if err != nil {
+		return err
+	}
+	hangup := make(chan os.Signal, 1)
+	defer close(hangup)
+	signal.Notify(hangup, syscall.SIGHUP)
+	defer signal.Stop(hangup)
+	go func() {
+		for range hangup {
+			if err := n.ReloadPolicy(); err != nil {
+				log.Error().Err(err).Msg("the policy was not reloaded")
+				continue
+			}
+			log.Info().Strs("files", config.Policies).Msg("policy reloaded")
+		}
+	}()
+	err = n.Run(ctx, func() {
+		log.Info().Str("node", config.Node.Name).Strs("policies", config.Policies).Msg("redirecting")
+	})
+	return errors.Join(err, n.Close())
+}

@@ -1,0 +1,362 @@
+package node
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"math"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"go.yaml.in/yaml/v3"
+
+	"klamm/enforcer/policy/strict"
+	"klamm/spiffe"
+)
+
+// Config is klamm.yaml. Every key but clusters may be left out. Paths in it are relative to the file's directory.
+type Config struct {
+	Node      HostConfig      `yaml:"node"`
+	Intercept InterceptConfig `yaml:"intercept"`
+	// At least one. What belongs to none of them is refused.
+	Clusters []ClusterConfig `yaml:"clusters" strict:"required"`
+	// The first rule that matches wins. Default: none, every workload is unidentified.
+	Identities Identities `yaml:"identities"`
+	// Policy files. Default: none, all is denied.
+	Policies []string      `yaml:"policies"`
+	Audit    AuditConfig   `yaml:"audit"`
+	Limits   LimitsConfig  `yaml:"limits"`
+	Metrics  MetricsConfig `yaml:"metrics"`
+}
+
+// HostConfig is the node itself.
+type HostConfig struct {
+	// In audit lines. Default: the host's name.
+	Name string `yaml:"name"`
+	// The cgroup2 directory whose processes are intercepted. Default: the root, that is all of the host.
+	Cgroup string `yaml:"cgroup"`
+}
+
+// InterceptConfig is which connections are taken.
+type InterceptConfig struct {
+	// TCP destination ports, at any address, 1 to 65535. Default: 9092. Ports that brokers advertise are added.
+	Ports []uint16 `yaml:"ports"`
+	// Processes left alone: a broker on this host, its own tools.
+	Exempt []Exemption `yaml:"exempt"`
+}
+
+// Exemption is a cgroup or systemd unit whose processes are never intercepted. Exactly one of the fields is given.
+type Exemption struct {
+	// Path in cgroup2, as in /proc/PID/cgroup: it and all below.
+	Cgroup string `yaml:"cgroup"`
+	// Full name, like kafka.service.
+	Unit string `yaml:"unit"`
+}
+
+// ClusterConfig is one Kafka cluster.
+type ClusterConfig struct {
+	// As policies and the audit name it: letters, digits, dots, dashes, underscores.
+	Name string `yaml:"name" strict:"required"`
+	// host:port of one or more brokers.
+	Bootstrap []string `yaml:"bootstrap" strict:"required"`
+	// Networks in which every intercepted port is a broker's of this cluster, beside the addresses it advertises.
+	CIDRs []netip.Prefix `yaml:"cidrs"`
+	// Of the node's own client. Default: plaintext.
+	TLS *TLSConfig `yaml:"tls"`
+	// Of the node's own client. Default: no SASL.
+	Credentials *CredentialsConfig `yaml:"credentials"`
+}
+
+// TLSConfig is how the node's own client verifies brokers, and itself.
+type TLSConfig struct {
+	// PEM file with the brokers' CA. Default: the CAs the host trusts.
+	CA string `yaml:"ca"`
+	// PEM files with the client's certificate and chain, and its key: both or none. Read anew at each handshake.
+	Cert string `yaml:"cert"`
+	Key  string `yaml:"key"`
+	// The name the brokers' certificates have. Default: the host dialled.
+	ServerName string `yaml:"server-name"`
+}
+
+// CredentialsConfig is the SASL login of the node's own client.
+type CredentialsConfig struct {
+	// PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512.
+	Mechanism string `yaml:"mechanism" strict:"required"`
+	Username  string `yaml:"username" strict:"required"`
+	// Holds the password alone; a line end at its end is dropped. Read anew at each login.
+	PasswordFile string `yaml:"password-file" strict:"required"`
+}
+
+// AuditConfig is where audit lines go.
+type AuditConfig struct {
+	// The file they are appended to. "-", the default, is standard output.
+	File string `yaml:"file"`
+}
+
+// LimitsConfig bounds what clients can make the node use.
+type LimitsConfig struct {
+	// The largest request, 1KiB to below 2GiB. Default: 100MiB, as Kafka's socket.request.max.bytes.
+	MaxFrame strict.Size `yaml:"max-frame"`
+	// For the frames of all connections that are held whole, at least max-frame. Default: 256MiB.
+	Memory strict.Size `yaml:"memory"`
+	// Open at a time, at least 1. Default: 10000.
+	Connections int `yaml:"connections"`
+	// For reaching a broker, over 0. Default: 5s.
+	DialTimeout time.Duration `yaml:"dial-timeout"`
+}
+
+// MetricsConfig is the HTTP endpoint: /metrics, /healthz and /readyz.
+type MetricsConfig struct {
+	// host:port; "" is off. Default: 127.0.0.1:9464.
+	Listen string `yaml:"listen"`
+}
+
+// Identities are the rules of static attestation.
+type Identities []spiffe.Rule
+
+// Load reads and checks a klamm.yaml. What is wrong in it is a strict.Errors: all of it, by line and column.
+func Load(file string) (Config, error) {
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return Config{}, fmt.Errorf("read the configuration: %w", err)
+	}
+	c := Config{
+		Intercept: InterceptConfig{Ports: []uint16{9092}},
+		Audit:     AuditConfig{File: "-"},
+		Limits: LimitsConfig{MaxFrame: 100 << 20, Memory: 256 << 20, Connections: 10_000,
+			DialTimeout: 5 * time.Second},
+		Metrics: MetricsConfig{Listen: "127.0.0.1:9464"},
+	}
+	if err = strict.Decode(file, data, &c); err != nil {
+		return Config{}, err
+	}
+	if c.Node.Name == "" {
+		if c.Node.Name, err = os.Hostname(); err != nil {
+			return Config{}, fmt.Errorf("find the host's name: %w: give node.name in %s", err, file)
+		}
+	}
+	c.Audit.File = cmp.Or(c.Audit.File, "-")
+	for _, p := range c.paths() {
+		if *p != "" && *p != "-" && !filepath.IsAbs(*p) {
+			*p = filepath.Join(filepath.Dir(file), *p)
+		}
+	}
+	return c, nil
+}
+
+func (c *Config) paths() []*string {
+	paths := []*string{&c.Node.Cgroup, &c.Audit.File}
+	for i := range c.Policies {
+		paths = append(paths, &c.Policies[i])
+	}
+	for _, cluster := range c.Clusters {
+		if t := cluster.TLS; t != nil {
+			paths = append(paths, &t.CA, &t.Cert, &t.Key)
+		}
+		if s := cluster.Credentials; s != nil {
+			paths = append(paths, &s.PasswordFile)
+		}
+	}
+	return paths
+}
+
+// check is one rule for what a section holds.
+type check struct {
+	ok      bool
+	at      *yaml.Node
+	message string
+}
+
+// section decodes a section into out, a pointer to a type without methods, and then checks it.
+func section(node *yaml.Node, out any, checks func() []check) error {
+	if err := strict.Node(node, out); err != nil {
+		return err
+	}
+	var errs []error
+	for _, c := range checks() {
+		if !c.ok {
+			errs = append(errs, strict.Errorf(c.at, "%s", c.message))
+		}
+	}
+	return strict.Join(node, errs...)
+}
+
+// key is the node of a key's value, the section itself when the key is absent.
+func key(section *yaml.Node, name string) *yaml.Node {
+	for i := 0; i+1 < len(section.Content); i += 2 {
+		if section.Content[i].Value == name {
+			return section.Content[i+1]
+		}
+	}
+	return section
+}
+
+// UnmarshalYAML checks what concerns more than one section.
+func (c *Config) UnmarshalYAML(node *yaml.Node) error {
+	type plain Config
+	return section(node, (*plain)(c), func() []check {
+		clusters := key(node, "clusters")
+		checks := []check{{len(c.Clusters) > 0, clusters, "no cluster: give name and bootstrap of at least one"}}
+		for i, b := range c.Clusters {
+			for _, a := range c.Clusters[:i] {
+				at := clusters.Content[i]
+				checks = append(checks,
+					check{a.Name != b.Name, key(at, "name"), fmt.Sprintf("a second cluster %q", b.Name)})
+				checks = append(checks, disjoint(at, a, b)...)
+			}
+		}
+		return checks
+	})
+}
+
+// disjoint: a destination belongs to one cluster, or its audit and its policy would be those of whichever came first.
+func disjoint(at *yaml.Node, a, b ClusterConfig) (checks []check) {
+	for i, broker := range b.Bootstrap {
+		checks = append(checks, check{!slices.Contains(a.Bootstrap, broker), key(at, "bootstrap").Content[i],
+			fmt.Sprintf("%s is already of cluster %q", broker, a.Name)})
+	}
+	for i, network := range b.CIDRs {
+		checks = append(checks, check{!slices.ContainsFunc(a.CIDRs, network.Overlaps), key(at, "cidrs").Content[i],
+			fmt.Sprintf("%s overlaps with a network of cluster %q", network, a.Name)})
+	}
+	return checks
+}
+
+// UnmarshalYAML checks the ports.
+func (c *InterceptConfig) UnmarshalYAML(node *yaml.Node) error {
+	type plain InterceptConfig
+	return section(node, (*plain)(c), func() []check {
+		ports := key(node, "ports")
+		checks := []check{{len(c.Ports) > 0, ports, "no port: leave the key out for 9092"}}
+		for i, p := range c.Ports {
+			checks = append(checks,
+				check{p != 0, at(ports, i), "0 is not a port: want 1 to 65535"},
+				check{!slices.Contains(c.Ports[:i], p), at(ports, i), fmt.Sprintf("port %d is given twice", p)})
+		}
+		return checks
+	})
+}
+
+// at is an item of a list, the list itself when it is not written out (a default).
+func at(list *yaml.Node, i int) *yaml.Node {
+	if list.Kind == yaml.SequenceNode {
+		return list.Content[i]
+	}
+	return list
+}
+
+// UnmarshalYAML checks that one thing is named.
+func (e *Exemption) UnmarshalYAML(node *yaml.Node) error {
+	type plain Exemption
+	return section(node, (*plain)(e), func() []check {
+		return []check{
+			{(e.Cgroup == "") != (e.Unit == ""), node, "give either cgroup or unit"},
+			{e.Cgroup != "/", key(node, "cgroup"), "the root cgroup would exempt every process"},
+			{e.Cgroup == "" || filepath.IsAbs(e.Cgroup) && filepath.Clean(e.Cgroup) == e.Cgroup, key(node, "cgroup"),
+				"want a path in cgroup2 like /system.slice/kafka.service"},
+			{e.Unit == "" || strings.Contains(e.Unit, ".") && !strings.Contains(e.Unit, "/"), key(node, "unit"),
+				"want a unit's full name like kafka.service"},
+		}
+	})
+}
+
+var clusterName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]*$`)
+
+// UnmarshalYAML checks name and addresses.
+func (c *ClusterConfig) UnmarshalYAML(node *yaml.Node) error {
+	type plain ClusterConfig
+	return section(node, (*plain)(c), func() []check {
+		bootstrap, cidrs := key(node, "bootstrap"), key(node, "cidrs")
+		checks := []check{
+			{clusterName.MatchString(c.Name), key(node, "name"), "want letters, digits, dots, dashes and underscores"},
+			{len(c.Bootstrap) > 0, bootstrap, "no broker: give host:port of at least one"},
+		}
+		for i, b := range c.Bootstrap {
+			_, _, err := splitBroker(b)
+			checks = append(checks, check{err == nil, at(bootstrap, i), fmt.Sprint(err)})
+		}
+		for i, n := range c.CIDRs {
+			checks = append(checks,
+				check{n == n.Masked(), at(cidrs, i),
+					fmt.Sprintf("%s has bits set behind its mask: write %s", n, n.Masked())},
+				check{n.Bits() > 0, at(cidrs, i), "it covers every address: name the brokers' networks"},
+				check{!n.Addr().Is4In6(), at(cidrs, i), "write it as an IPv4 network"})
+		}
+		return checks
+	})
+}
+
+// splitBroker parses host:port. IPv6 addresses stand in brackets.
+func splitBroker(s string) (host string, port uint16, err error) {
+	host, digits, err := net.SplitHostPort(s)
+	n, nerr := strconv.ParseUint(digits, 10, 16)
+	if err != nil || nerr != nil || host == "" || n == 0 {
+		return "", 0, fmt.Errorf("%q is not host:port, like broker-1.example:9092 or [2001:db8::1]:9092", s)
+	}
+	return host, uint16(n), nil
+}
+
+// UnmarshalYAML checks that certificate and key come together.
+func (c *TLSConfig) UnmarshalYAML(node *yaml.Node) error {
+	type plain TLSConfig
+	return section(node, (*plain)(c), func() []check {
+		return []check{{(c.Cert == "") == (c.Key == ""), node, "cert and key are given together or not at all"}}
+	})
+}
+
+// UnmarshalYAML checks the mechanism.
+func (c *CredentialsConfig) UnmarshalYAML(node *yaml.Node) error {
+	type plain CredentialsConfig
+	return section(node, (*plain)(c), func() []check {
+		return []check{
+			{slices.Contains(mechanismNames, c.Mechanism), key(node, "mechanism"),
+				strict.Unknown("mechanism", c.Mechanism, mechanismNames)},
+			{c.Username != "", key(node, "username"), "the user name is empty"},
+			{c.PasswordFile != "", key(node, "password-file"), "the path is empty"},
+		}
+	})
+}
+
+// UnmarshalYAML checks ranges.
+func (c *LimitsConfig) UnmarshalYAML(node *yaml.Node) error {
+	type plain LimitsConfig
+	return section(node, (*plain)(c), func() []check {
+		return []check{
+			{c.MaxFrame >= 1<<10 && c.MaxFrame <= math.MaxInt32, key(node, "max-frame"), "want 1KiB to below 2GiB"},
+			{c.Memory >= c.MaxFrame, key(node, "memory"), "want at least max-frame, or the largest request never fits"},
+			{c.Connections > 0, key(node, "connections"), "want at least 1"},
+			{c.DialTimeout > 0, key(node, "dial-timeout"), "want a duration over 0, like 5s"},
+		}
+	})
+}
+
+// UnmarshalYAML checks the address.
+func (c *MetricsConfig) UnmarshalYAML(node *yaml.Node) error {
+	type plain MetricsConfig
+	return section(node, (*plain)(c), func() []check {
+		_, _, err := splitBroker(c.Listen)
+		return []check{{c.Listen == "" || err == nil, key(node, "listen"),
+			`want host:port like 127.0.0.1:9464, or "" for none`}}
+	})
+}
+
+// UnmarshalYAML checks each rule.
+func (ids *Identities) UnmarshalYAML(node *yaml.Node) error {
+	type plain Identities
+	return section(node, (*plain)(ids), func() (checks []check) {
+		for i, rule := range *ids {
+			var wrong *spiffe.FieldError
+			if errors.As(rule.Validate(), &wrong) {
+				checks = append(checks, check{at: key(node.Content[i], wrong.Field), message: wrong.Error()})
+			}
+		}
+		return checks
+	})
+}

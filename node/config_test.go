@@ -1,0 +1,254 @@
+package node
+
+import (
+	"errors"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"klamm/enforcer/policy/strict"
+	"klamm/spiffe"
+)
+
+func load(t testing.TB, text string) (Config, error) {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "klamm.yaml")
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, err := Load(file)
+	if err != nil {
+		err = errors.New(strings.ReplaceAll(err.Error(), file, "klamm.yaml"))
+	}
+	return c, err
+}
+
+const smallest = "clusters: [{name: payments, bootstrap: ['broker-1.example:9092']}]\n"
+
+func TestTheSmallestConfigurationHasSafeDefaults(t *testing.T) {
+	got, err := load(t, smallest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	host, err := os.Hostname()
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Config{
+		Node:      HostConfig{Name: host},
+		Intercept: InterceptConfig{Ports: []uint16{9092}},
+		Clusters:  []ClusterConfig{{Name: "payments", Bootstrap: []string{"broker-1.example:9092"}}},
+		Audit:     AuditConfig{File: "-"},
+		Limits: LimitsConfig{MaxFrame: 100 << 20, Memory: 256 << 20, Connections: 10000,
+			DialTimeout: 5 * time.Second},
+		Metrics: MetricsConfig{Listen: "127.0.0.1:9464"},
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("got  %+v\nwant %+v", got, want)
+	}
+}
+
+func TestEveryKeyIsReadAndPathsAreRelativeToTheFile(t *testing.T) {
+	file := filepath.Join("testdata", "full.yaml")
+	got, err := Load(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	uid := uint32(1000)
+	want := Config{
+		Node: HostConfig{Name: "host-1", Cgroup: "/sys/fs/cgroup/unified/klamm"},
+		Intercept: InterceptConfig{Ports: []uint16{9092, 9094},
+			Exempt: []Exemption{{Cgroup: "/system.slice/kafka.service"}, {Unit: "kafka.service"}}},
+		Clusters: []ClusterConfig{
+			{
+				Name:      "payments",
+				Bootstrap: []string{"broker-1.example:9092", "[2001:db8::1]:9092"},
+				CIDRs: []netip.Prefix{
+					netip.MustParsePrefix("10.1.0.0/16"), netip.MustParsePrefix("2001:db8::/64")},
+				TLS: &TLSConfig{CA: "/etc/klamm/ca.pem", Cert: "testdata/tls/cert.pem", Key: "testdata/tls/key.pem",
+					ServerName: "kafka.example"},
+				Credentials: &CredentialsConfig{Mechanism: "SCRAM-SHA-512", Username: "klamm",
+					PasswordFile: "testdata/secret/password"},
+			},
+			{Name: "logs", Bootstrap: []string{"logs.example:9092"}},
+		},
+		Identities: Identities{
+			{Name: "orders service", SPIFFEID: "spiffe://example.test/ns/shop/sa/orders", UID: &uid,
+				Exe: "/usr/bin/orders", ExeSHA256: strings.Repeat("ab", 32), Cgroup: "/system.slice/*", Unit: "orders.service"},
+		},
+		Policies: []string{"testdata/policy.yaml", "/etc/klamm/more.yaml"},
+		Audit:    AuditConfig{File: "testdata/audit.jsonl"},
+		Limits: LimitsConfig{MaxFrame: 1 << 20, Memory: 64 << 20, Connections: 100,
+			DialTimeout: 1500 * time.Millisecond},
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("got  %+v\nwant %+v", got, want)
+	}
+	if _, err = spiffe.NewStatic(got.Identities, nil); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestWhatIsWrongIsSaidWithLineAndColumn(t *testing.T) {
+	for name, test := range map[string]struct{ text, want string }{
+		"an unknown section": {
+			smallest + "limit: {}", `2:1: unknown key "limit", did you mean "limits"?`},
+		"an unknown key": {
+			smallest + "limits:\n  max-fram: 1MiB", `3:3: unknown key "max-fram", did you mean "max-frame"?`},
+		"a duplicate key": {
+			smallest + "audit: {}\naudit: {}", `3:1: the key "audit" is given twice, first in line 2`},
+		"a wrong type": {
+			smallest + "intercept: {ports: 9092}", `2:20: want a list, not a number`},
+		"no clusters": {
+			"audit: {}", `1:1: the key "clusters" is missing`},
+		"an empty list of clusters": {
+			"clusters: []", `1:11: no cluster: give name and bootstrap of at least one`},
+		"a cluster without a name": {
+			"clusters: [{bootstrap: ['a:1']}]", `1:12: the key "name" is missing`},
+		"a cluster without brokers": {
+			"clusters: [{name: a, bootstrap: []}]", `1:33: no broker: give host:port of at least one`},
+		"a cluster's name with a space": {
+			"clusters: [{name: a b, bootstrap: ['a:1']}]", `1:19: want letters, digits, dots, dashes and underscores`},
+		"a broker without a port": {
+			"clusters: [{name: a, bootstrap: [b]}]", `1:34: "b" is not host:port`},
+		"a broker's port of 0": {
+			"clusters: [{name: a, bootstrap: ['b:0']}]", `1:34: "b:0" is not host:port`},
+		"a broker's port of 65536": {
+			"clusters: [{name: a, bootstrap: ['b:65536']}]", `1:34: "b:65536" is not host:port`},
+		"a broker's port in words": {
+			"clusters: [{name: a, bootstrap: ['b:kafka']}]", `1:34: "b:kafka" is not host:port`},
+		"an IPv6 broker without brackets": {
+			"clusters: [{name: a, bootstrap: ['::1:9092']}]", `1:34: "::1:9092" is not host:port`},
+		"two clusters of one name": {
+			"clusters:\n- {name: a, bootstrap: ['b:1']}\n- {name: a, bootstrap: ['c:1']}", `3:10: a second cluster "a"`},
+		"two clusters with one broker": {
+			"clusters:\n- {name: a, bootstrap: ['b:1']}\n- {name: c, bootstrap: ['d:1', 'b:1']}",
+			`3:32: b:1 is already of cluster "a"`},
+		"two clusters in one network": {
+			"clusters:\n- {name: a, bootstrap: ['b:1'], cidrs: [10.0.0.0/8]}\n" +
+				"- {name: c, bootstrap: ['d:1'], cidrs: [10.1.0.0/16]}",
+			`3:41: 10.1.0.0/16 overlaps with a network of cluster "a"`},
+		"a network that is none": {
+			"clusters: [{name: a, bootstrap: ['b:1'], cidrs: [10.0.0.1]}]",
+			`1:50: netip.ParsePrefix("10.0.0.1"): no '/'`},
+		"a network with host bits": {
+			"clusters: [{name: a, bootstrap: ['b:1'], cidrs: [10.0.0.1/8]}]",
+			`1:50: 10.0.0.1/8 has bits set behind its mask: write 10.0.0.0/8`},
+		"a network of everything": {
+			"clusters: [{name: a, bootstrap: ['b:1'], cidrs: [0.0.0.0/0]}]", `1:50: it covers every address`},
+		"a certificate without key": {
+			"clusters: [{name: a, bootstrap: ['b:1'], tls: {cert: c}}]",
+			`1:47: cert and key are given together or not at all`},
+		"an unknown mechanism": {
+			"clusters: [{name: a, bootstrap: ['b:1'], credentials: {mechanism: SCRAM-SHA-521, username: u, password-file: p}}]",
+			`1:67: unknown mechanism "SCRAM-SHA-521", did you mean "SCRAM-SHA-512"? (allowed: PLAIN, SCRAM-SHA-256`},
+		"credentials without a password": {
+			"clusters: [{name: a, bootstrap: ['b:1'], credentials: {mechanism: PLAIN, username: u}}]",
+			`1:55: the key "password-file" is missing`},
+		"a password in the file": {
+			"clusters: [{name: a, bootstrap: ['b:1'], " +
+				"credentials: {mechanism: PLAIN, username: u, password-file: f, password: p}}]",
+			`1:105: unknown key "password" (allowed: mechanism, username, password-file)`},
+		"port 0": {
+			smallest + "intercept: {ports: [0]}", `2:21: 0 is not a port: want 1 to 65535`},
+		"port 65536": {
+			smallest + "intercept: {ports: [65536]}", `2:21: 65536 is out of range`},
+		"a port twice": {
+			smallest + "intercept: {ports: [1, 2, 1]}", `2:27: port 1 is given twice`},
+		"no ports": {
+			smallest + "intercept: {ports: []}", `2:20: no port: leave the key out for 9092`},
+		"an exemption of everything": {
+			smallest + "intercept: {exempt: [{cgroup: /}]}", `2:31: the root cgroup would exempt every process`},
+		"an exemption of two things": {
+			smallest + "intercept: {exempt: [{cgroup: /a, unit: b.service}]}", `2:22: give either cgroup or unit`},
+		"an exemption of nothing": {
+			smallest + "intercept: {exempt: [{}]}", `2:22: give either cgroup or unit`},
+		"an exemption of a relative one": {
+			smallest + "intercept: {exempt: [{cgroup: a}]}", `2:31: want a path in cgroup2`},
+		"an exemption by a unit's alias": {
+			smallest + "intercept: {exempt: [{unit: kafka}]}", `2:29: want a unit's full name like kafka.service`},
+		"an identity without selector": {
+			smallest + "identities:\n- spiffe-id: spiffe://a/b", `3:14: spiffe-id: the rule selects every process`},
+		"an identity without an id": {
+			smallest + "identities:\n- uid: 1", `3:3: spiffe-id: "" is no SPIFFE ID`},
+		"an identity with a bad hash": {
+			smallest + "identities:\n- {spiffe-id: spiffe://a/b, uid: 1}\n- {spiffe-id: spiffe://a/b, exe-sha256: abcd}",
+			`4:41: exe-sha256: "abcd" is not 64 hex digits`},
+		"a uid below 0": {
+			smallest + "identities: [{spiffe-id: spiffe://a/b, uid: -1}]", `2:45: -1 is out of range`},
+		"a size without a unit's name": {
+			smallest + "limits: {memory: 1 GB}", `2:18: "1 GB" is not a size: write it as 4096, 100KB or 64MiB`},
+		"a frame below 1KiB": {
+			smallest + "limits: {max-frame: 1023}", `2:21: want 1KiB to below 2GiB`},
+		"a frame of 2GiB": {
+			smallest + "limits: {max-frame: 2GiB, memory: 4GiB}", `2:21: want 1KiB to below 2GiB`},
+		"less memory than one frame": {
+			smallest + "limits: {memory: 99MiB}", `2:18: want at least max-frame`},
+		"more frame than memory": {
+			smallest + "limits: {max-frame: 512MiB}", `2:9: want at least max-frame`},
+		"no connections": {
+			smallest + "limits: {connections: 0}", `2:23: want at least 1`},
+		"a timeout in plain numbers": {
+			smallest + "limits: {dial-timeout: 5}", `2:24: want a duration like 10s, not a number`},
+		"a timeout of 0": {
+			smallest + "limits: {dial-timeout: 0s}", `2:24: want a duration over 0, like 5s`},
+		"a metrics port alone": {
+			smallest + "metrics: {listen: ':9464'}", `2:19: want host:port like 127.0.0.1:9464`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := load(t, test.text)
+			if err == nil || !strings.HasPrefix(err.Error(), "klamm.yaml:"+test.want) {
+				t.Errorf("got  %v\nwant klamm.yaml:%s", err, test.want)
+			}
+		})
+	}
+}
+
+func TestAllThatIsWrongIsSaidAtOnce(t *testing.T) {
+	_, err := load(t, "clusters:\n- {name: a b, bootstrap: [x]}\n- {name: c}\n"+
+		"audit: {fiel: x}\nlimits: {connections: 0}")
+	if err == nil {
+		t.Fatal("no error")
+	}
+	if lines := strings.Split(err.Error(), "\n"); len(lines) != 5 {
+		t.Errorf("%d errors, want 5:\n%v", len(lines), err)
+	}
+}
+
+func TestAMissingFileIsNamed(t *testing.T) {
+	_, err := Load("testdata/none.yaml")
+	if !errors.Is(err, os.ErrNotExist) || !strings.Contains(err.Error(), "testdata/none.yaml") {
+		t.Error(err)
+	}
+}
+
+func FuzzConfig(f *testing.F) {
+	full, err := os.ReadFile("testdata/full.yaml")
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(string(full))
+	f.Add(smallest)
+	f.Add("clusters: [{name: a, bootstrap: ['b:1']}]\nidentities: [{}]\nintercept: {exempt: [{}]}")
+	f.Fuzz(func(t *testing.T, text string) {
+		c := new(Config)
+		err := strict.Decode("f", []byte(text), c)
+		if err != nil {
+			return
+		}
+		for _, cluster := range c.Clusters {
+			for _, b := range cluster.Bootstrap {
+				if _, _, err = splitBroker(b); err != nil {
+					t.Error(err)
+				}
+			}
+		}
+		if _, err = spiffe.NewStatic(c.Identities, nil); err != nil {
+			t.Error(err)
+		}
+	})
+}

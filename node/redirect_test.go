@@ -1,0 +1,359 @@
+package node
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"klamm/bpf"
+)
+
+// The test binary is its own client: started again with this variable, it connects to the address in it, prints what
+// the other side sends, and ends.
+const clientVariable = "KLAMM_TEST_CONNECT"
+
+func init() {
+	to, is := os.LookupEnv(clientVariable)
+	if !is {
+		return
+	}
+	if err := readAll(to, os.Stdout); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+func readAll(address string, out io.Writer) error {
+	conn, err := net.Dial("tcp", address)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = conn.Close() }()
+	_, err = io.Copy(out, conn)
+	return err
+}
+
+// redirectPatience bounds every wait, so that a failure ends in a message.
+const redirectPatience = 20 * time.Second
+
+// cgroupOfClients makes a cgroup that has no process yet.
+func cgroupOfClients(t *testing.T) string {
+	t.Helper()
+	root, err := Cgroup2Mount()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := os.MkdirTemp(root, "klamm-node-test-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		// Busy until the kernel has let go of the last process, shortly after it was waited for.
+		for end := time.Now().Add(redirectPatience); ; {
+			if err := os.Remove(dir); err == nil || time.Now().After(end) {
+				return
+			}
+		}
+	})
+	return dir
+}
+
+// openRedirect redirects port for the processes in a new cgroup.
+func openRedirect(t *testing.T, port uint16) (r *Redirect, cgroup string) {
+	t.Helper()
+	cgroup = cgroupOfClients(t)
+	r, err := OpenRedirect(RedirectOptions{CgroupPath: cgroup, Ports: []uint16{port}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := r.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return r, cgroup
+}
+
+// startReader starts a client in the cgroup; wait returns what it read.
+func startReader(t *testing.T, cgroup, address string) (pid int, wait func() (string, error)) {
+	t.Helper()
+	dir, err := os.Open(cgroup)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = dir.Close() }()
+	ctx, cancel := context.WithTimeout(context.Background(), redirectPatience)
+	t.Cleanup(cancel)
+	var out bytes.Buffer
+	cmd := exec.CommandContext(ctx, "/proc/self/exe")
+	cmd.Env = append(os.Environ(), clientVariable+"="+address)
+	cmd.Stdout, cmd.Stderr = &out, &out
+	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd())}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	return cmd.Process.Pid, func() (string, error) {
+		err := cmd.Wait()
+		return out.String(), err
+	}
+}
+
+// accepted is what Accept returned.
+type accepted struct {
+	conn   net.Conn
+	record bpf.Record
+	err    error
+}
+
+func acceptOne(t *testing.T, r *Redirect) accepted {
+	t.Helper()
+	got := make(chan accepted, 1)
+	go func() {
+		conn, record, err := r.Accept()
+		got <- accepted{conn, record, err}
+	}()
+	select {
+	case a := <-got:
+		return a
+	case <-time.After(redirectPatience):
+		t.Fatal("nothing was accepted")
+		return accepted{}
+	}
+}
+
+// startBroker greets each connection and closes it.
+func startBroker(t *testing.T, at string) netip.AddrPort {
+	t.Helper()
+	l, err := net.Listen("tcp", at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = l.Close() })
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = io.WriteString(conn, "the broker")
+			_ = conn.Close()
+		}
+	}()
+	return l.Addr().(*net.TCPAddr).AddrPort()
+}
+
+func TestAClientIsAcceptedWithItsDestinationWhichDialReaches(t *testing.T) {
+	for _, at := range []string{"127.0.0.1:0", "[::1]:0"} {
+		t.Run(at, func(t *testing.T) {
+			broker := startBroker(t, at)
+			r, cgroup := openRedirect(t, broker.Port())
+			pid, wait := startReader(t, cgroup, broker.String())
+			a := acceptOne(t, r)
+			if a.err != nil {
+				t.Fatal(a.err)
+			}
+			if a.record.Destination() != broker || a.record.TGID != uint32(pid) {
+				t.Errorf("the record says process %d to %s, want %d to %s",
+					a.record.TGID, a.record.Destination(), pid, broker)
+			}
+			if now, err := r.Task(uint32(pid)); err != nil || !now.SameProgram(a.record.TaskFacts) {
+				t.Errorf("the client is %+v, the record says %+v: %v", now, a.record.TaskFacts, err)
+			}
+
+			ctx, cancel := context.WithTimeout(t.Context(), redirectPatience)
+			defer cancel()
+			upstream, err := r.Dial(ctx, a.record.Destination())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.WriteString(a.conn, "by way of the node: "); err != nil {
+				t.Error(err)
+			}
+			if _, err := io.Copy(a.conn, upstream); err != nil {
+				t.Error(err)
+			}
+			if err := errors.Join(upstream.Close(), a.conn.Close()); err != nil {
+				t.Error(err)
+			}
+			if got, err := wait(); err != nil || got != "by way of the node: the broker" {
+				t.Errorf("the client read %q, %v", got, err)
+			}
+		})
+	}
+}
+
+func TestTheNodesOwnSocketsAreNotRedirected(t *testing.T) {
+	broker := startBroker(t, "127.0.0.1:0")
+	root, err := Cgroup2Mount()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, cgroup := openRedirect(t, broker.Port())
+	// Only from within the cgroup does the hook see our sockets at all.
+	home := ownCgroup(root)
+	enter := func(dir string) {
+		if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte("0"), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	enter(cgroup)
+	defer enter(home)
+
+	conn, err := r.Dialer().DialContext(t.Context(), "tcp", broker.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	if got, err := io.ReadAll(conn); err != nil || string(got) != "the broker" {
+		t.Errorf("read %q, %v", got, err)
+	}
+	if counters, err := r.Counters(); err != nil || counters["passed_stamped"] != 1 || counters["redirected"] != 0 {
+		t.Errorf("counters are %v, %v", counters, err)
+	}
+}
+
+func TestAConnectionWithoutARecordIsReset(t *testing.T) {
+	r, _ := openRedirect(t, 19092)
+	// This process is outside the cgroup, so its connect to the listener is not refused in the kernel.
+	var out bytes.Buffer
+	err := readAll(r.listener.tcp[0].Addr().String(), &out)
+	if !errors.Is(err, unix.ECONNRESET) || out.Len() > 0 {
+		t.Errorf("read %q, %v", out.String(), err)
+	}
+	if counters, err := r.Counters(); err != nil || counters["accept_refused"] != 1 {
+		t.Errorf("counters are %v, %v", counters, err)
+	}
+}
+
+func TestAcceptOutlivesAWantOfFileDescriptors(t *testing.T) {
+	r, _ := openRedirect(t, 19092)
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = unix.Close(fd) }()
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 0, Max: limit.Max}); err != nil {
+		t.Fatal(err)
+	}
+	restore := sync.OnceValue(func() error { return unix.Setrlimit(unix.RLIMIT_NOFILE, &limit) })
+	defer func() { _ = restore() }()
+
+	if err := unix.Connect(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}, Port: int(r.listener.port)}); err != nil {
+		t.Fatal(err)
+	}
+	counted := func(name string) bool {
+		for end := time.Now().Add(redirectPatience); time.Now().Before(end); {
+			if counters, err := r.Counters(); err != nil || counters[name] > 0 {
+				return err == nil
+			}
+		}
+		return false
+	}
+	if !counted("accept_failed") {
+		t.Error("accept(2) did not fail without file descriptors")
+	}
+	if err := restore(); err != nil {
+		t.Fatal(err)
+	}
+	if !counted("accept_refused") {
+		t.Error("the waiting connection was not accepted when there were file descriptors again")
+	}
+}
+
+func TestCloseEndsAcceptAndTheRedirect(t *testing.T) {
+	broker := startBroker(t, "127.0.0.1:0")
+	r, cgroup := openRedirect(t, broker.Port())
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := r.Accept(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Accept says %v", err)
+	}
+	_, wait := startReader(t, cgroup, broker.String())
+	if got, err := wait(); err != nil || got != "the broker" {
+		t.Errorf("the client read %q, %v", got, err)
+	}
+}
+
+func TestABrokersCgroupCanBeExempt(t *testing.T) {
+	broker := startBroker(t, "127.0.0.1:0")
+	cgroup := cgroupOfClients(t)
+	r, err := OpenRedirect(RedirectOptions{CgroupPath: cgroup, Ports: []uint16{broker.Port()}, Exempt: []string{cgroup}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = r.Close() }()
+	_, wait := startReader(t, cgroup, broker.String())
+	if got, err := wait(); err != nil || got != "the broker" {
+		t.Errorf("the client read %q, %v", got, err)
+	}
+}
+
+func TestOpenRedirectSaysWhatIsWrong(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		options RedirectOptions
+		want    string
+	}{
+		{"a cgroup that is not there", RedirectOptions{CgroupPath: "/nowhere"}, "/nowhere: no such file"},
+		{"an exemption that is not there", RedirectOptions{Exempt: []string{"/nowhere"}}, "/nowhere: no such file"},
+		{"an exemption that is no cgroup", RedirectOptions{Exempt: []string{"/proc"}}, "/proc is not in cgroup2"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if c.options.CgroupPath == "" {
+				c.options.CgroupPath = cgroupOfClients(t)
+			}
+			_, err := OpenRedirect(c.options)
+			if err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("got %v", err)
+			}
+		})
+	}
+}
+
+func TestCgroup2IsFound(t *testing.T) {
+	root, err := Cgroup2Mount()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(root, "cgroup.controllers")); err != nil {
+		t.Error(err)
+	}
+	if own := ownCgroup(root); !strings.HasPrefix(own, root) {
+		t.Errorf("this process is in %s, which is not below %s", own, root)
+	}
+}
+
+func TestBPFFSIsMountedOnce(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "bpf")
+	for range 2 {
+		if err := MountBPFFS(path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := unix.Unmount(path, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Unmount(path, 0); !errors.Is(err, unix.EINVAL) {
+		t.Errorf("it was mounted twice: %v", err)
+	}
+}

@@ -1,0 +1,183 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/rs/zerolog"
+	"github.com/twmb/franz-go/pkg/kerr"
+	"github.com/twmb/franz-go/pkg/kgo"
+	"github.com/twmb/franz-go/pkg/kmsg"
+)
+
+const (
+	// maxTopics bounds the ids kept in memory. Beyond it all are dropped and those in use looked up again: a cluster
+	// that big has mostly deleted ones.
+	maxTopics = 200_000
+	// maxUnknown bounds the ids remembered as unknown.
+	maxUnknown = 10_000
+	// maxLookup is how many ids one request to the broker asks for. Clients that invent ids cannot make it ask for
+	// more; an id left out stays unknown for the client that asked, whose next try comes again.
+	maxLookup = 500
+	// lookupTimeout bounds one request to the broker.
+	lookupTimeout = 10 * time.Second
+)
+
+// topics knows the topic ids of one cluster (KIP-516).
+type topics struct {
+	names atomic.Pointer[map[[16]byte]string] // never written to once it is here
+	pace  pace
+	log   zerolog.Logger
+
+	mu      sync.Mutex             // of what follows, and of replacing names
+	unknown map[[16]byte]time.Time // ids the cluster did not have, until when that is believed
+	next    *lookup                // collects ids while another look-up runs
+	turn    chan struct{}          // held by the look-up that runs
+	last    time.Time              // when one last began
+}
+
+// lookup is one Metadata request for the ids that several connections miss.
+type lookup struct {
+	ids  map[[16]byte]struct{}
+	done chan struct{}
+	err  error // valid once done is closed
+}
+
+func newTopics(p pace, log zerolog.Logger) *topics {
+	t := &topics{pace: p, log: log, unknown: map[[16]byte]time.Time{}, turn: make(chan struct{}, 1)}
+	t.names.Store(&map[[16]byte]string{})
+	return t
+}
+
+// Name is the name of a topic id, from memory. It neither blocks nor allocates.
+func (t *topics) Name(id [16]byte) (name string, known bool) {
+	name, known = (*t.names.Load())[id]
+	return name, known
+}
+
+// learn takes up the ids of an answer. An id keeps the name it has: Kafka never gives it to another topic.
+func (t *topics) learn(m *kmsg.MetadataResponse) {
+	fresh := map[[16]byte]string{}
+	for i := range m.Topics {
+		topic := &m.Topics[i]
+		if topic.ErrorCode != 0 || topic.Topic == nil || topic.TopicID == [16]byte{} {
+			continue
+		}
+		switch name, known := t.Name(topic.TopicID); {
+		case !known:
+			fresh[topic.TopicID] = *topic.Topic
+		case name != *topic.Topic:
+			t.log.Warn().Hex("topic-id", topic.TopicID[:]).Str("known-as", name).Str("named", *topic.Topic).
+				Msg("a broker gave a topic id another name; the first one stays")
+		}
+	}
+	if len(fresh) == 0 {
+		return
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	old := *t.names.Load()
+	if len(old)+len(fresh) <= maxTopics {
+		maps.Copy(fresh, old) // old last: it wins over what another learner has put in since
+	}
+	for id := range fresh {
+		delete(t.unknown, id)
+	}
+	t.names.Store(&fresh)
+}
+
+// resolve looks ids up in the cluster. Those it does not have stay unknown, and are not asked for again for a while.
+// All connections share one request at a time, and a pause between two.
+func (t *topics) resolve(ctx, clusterCtx context.Context, client *kgo.Client, ids [][16]byte) error {
+	l := t.join(ids, func(l *lookup) { go t.run(clusterCtx, client, l) })
+	if l == nil {
+		return nil
+	}
+	select {
+	case <-l.done:
+		return l.err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// join adds the ids that are worth asking for to the next look-up; nil when there are none.
+func (t *topics) join(ids [][16]byte, start func(*lookup)) *lookup {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	now := time.Now()
+	var joined *lookup
+	for _, id := range ids {
+		if _, known := t.Name(id); known || id == [16]byte{} || now.Before(t.unknown[id]) {
+			continue
+		}
+		if t.next == nil {
+			t.next = &lookup{ids: map[[16]byte]struct{}{}, done: make(chan struct{})}
+			start(t.next)
+		}
+		joined = t.next
+		if len(joined.ids) < maxLookup {
+			joined.ids[id] = struct{}{}
+		}
+	}
+	return joined
+}
+
+func (t *topics) run(ctx context.Context, client *kgo.Client, l *lookup) {
+	defer close(l.done)
+	t.turn <- struct{}{}
+	defer func() { <-t.turn }()
+	t.mu.Lock()
+	pause := time.Until(t.last.Add(t.pace.lookups))
+	t.mu.Unlock()
+	select {
+	case <-time.After(pause):
+	case <-ctx.Done():
+	}
+	t.mu.Lock()
+	t.next = nil // l is complete; what comes now is for the next
+	t.last = time.Now()
+	t.mu.Unlock()
+	l.err = t.ask(ctx, client, l.ids)
+}
+
+func (t *topics) ask(ctx context.Context, client *kgo.Client, ids map[[16]byte]struct{}) error {
+	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
+	defer cancel()
+	req := kmsg.NewPtrMetadataRequest()
+	for id := range ids {
+		topic := kmsg.NewMetadataRequestTopic()
+		topic.TopicID = id
+		req.Topics = append(req.Topics, topic)
+	}
+	m, err := req.RequestWith(ctx, client)
+	if err != nil {
+		return fmt.Errorf("look up %d topic ids: %w", len(ids), err)
+	}
+	if m.Version < 12 { // KIP-516: brokers before 3.1 do not answer by id
+		return fmt.Errorf("look up topic ids: the broker speaks Metadata up to version %d, by id needs 12", m.Version)
+	}
+	t.learn(m)
+	for i := range m.Topics {
+		if m.Topics[i].ErrorCode == kerr.TopicAuthorizationFailed.Code {
+			return errors.New("look up topic ids: the node's own client may not see the topic: " +
+				"allow its principal to Describe all topics")
+		}
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(t.unknown)+len(ids) > maxUnknown {
+		clear(t.unknown)
+	}
+	for id := range ids {
+		if _, known := t.Name(id); !known {
+			t.unknown[id] = time.Now().Add(t.pace.unknown)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,79 @@
+package kafka
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+)
+
+// ToolsVersion is the version of Kafka's Java tools that scripts/setup kafka installs.
+const ToolsVersion = "4.3.1"
+
+// Main classes of Kafka's Java tools, for [Tool].
+const (
+	ConsoleProducer      = "org.apache.kafka.tools.ConsoleProducer"
+	ConsoleConsumer      = "org.apache.kafka.tools.consumer.ConsoleConsumer"
+	ConsumerGroupCommand = "org.apache.kafka.tools.consumer.group.ConsumerGroupCommand"
+	ConsumerPerformance  = "org.apache.kafka.tools.ConsumerPerformance"
+	ProducerPerformance  = "org.apache.kafka.tools.ProducerPerformance"
+	TopicCommand         = "org.apache.kafka.tools.TopicCommand"
+)
+
+const (
+	toolHeap   = "-Xmx128m"
+	brokerHeap = "-Xmx256m"
+)
+
+// Tool returns the command that runs a main class of Kafka's Java tools. Start it with [Place.Start] to choose its
+// cgroup and user; a user who cannot read the cache needs a copy of [ToolsDir] and [JavaTool].
+func Tool(ctx context.Context, class string, args ...string) (*exec.Cmd, error) {
+	dir, err := ToolsDir()
+	if err != nil {
+		return nil, err
+	}
+	return java(ctx, dir, toolHeap, useArchive(dir), append([]string{class}, args...)), nil
+}
+
+// JavaTool returns the words of the command that runs a tool of the classes in dir: the class and its arguments follow.
+func JavaTool(dir string) []string { return words(dir, toolHeap, useArchive(dir)) }
+
+// ToolsDir returns the directory with the classes of Kafka's Java tools, or an error that says how to install them.
+func ToolsDir() (string, error) { return installed("tools-" + ToolsVersion) }
+
+// Cache returns the directory that scripts/setup installs into.
+func Cache() (string, error) {
+	if cache := os.Getenv("KLAMM_CACHE"); cache != "" {
+		return cache, nil
+	}
+	home, err := os.UserHomeDir()
+	if err != nil {
+		return "", fmt.Errorf("find the cache of scripts/setup: %w: set KLAMM_CACHE", err)
+	}
+	return filepath.Join(home, ".cache", "klamm"), nil
+}
+
+// installed finds what scripts/setup kafka put into the cache.
+func installed(name string) (string, error) {
+	cache, err := Cache()
+	if err != nil {
+		return "", err
+	}
+	dir := filepath.Join(cache, "kafka", name)
+	if _, err := os.Stat(dir); err != nil {
+		return "", fmt.Errorf("find Apache Kafka %s: %w: run scripts/setup kafka", name, err)
+	}
+	return dir, nil
+}
+
+// java returns a command tuned for a quick start and a small footprint: tests start many and none lives long.
+func java(ctx context.Context, dir, heap string, options, args []string) *exec.Cmd {
+	all := append(words(dir, heap, options), args...)
+	return exec.CommandContext(ctx, all[0], all[1:]...)
+}
+
+func words(dir, heap string, options []string) []string {
+	all := []string{"java", heap, "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Djava.net.preferIPv4Stack=true"}
+	return append(append(all, options...), "-cp", filepath.Join(dir, "*"))
+}
