@@ -27,6 +27,7 @@ var roles = map[string]func(args []string) error{
 	"broker":  runBroker,
 	"relay":   runRelay,
 	"load":    runLoad,
+	"node":    runNode,
 	"connect": runConnect,
 }
 

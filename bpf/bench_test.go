@@ -17,14 +17,14 @@ func BenchmarkConnect(b *testing.B) {
 	b.Run("without the programs", func(b *testing.B) {
 		l := listen(b, "127.0.0.1:0")
 		go discard(l)
-		address.Port = l.Addr().(*net.TCPAddr).Port
+		address.Port = int(portOf(l))
 		connects(b, address)
 	})
 	b.Run("to a port that is no broker's", func(b *testing.B) {
 		p := loaded(b)
 		l := listen(b, "127.0.0.1:0")
 		go discard(l)
-		address.Port = l.Addr().(*net.TCPAddr).Port
+		address.Port = int(portOf(l))
 		withStats(b, p, func() { connects(b, address) })
 	})
 	b.Run("redirected", func(b *testing.B) {
@@ -79,7 +79,9 @@ func withStats(b *testing.B, p *Programs, run func()) {
 	}
 	defer func() { _ = stats.Close() }()
 	run()
-	for name, program := range map[string]*ebpf.Program{"connect4": p.objects.KlammConnect4, "sockops": p.objects.KlammSockops} {
+	for name, program := range map[string]*ebpf.Program{
+		"connect4": p.objects.KlammConnect4, "sockops": p.objects.KlammSockops,
+	} {
 		s, err := program.Stats()
 		if err != nil {
 			b.Fatal(err)

@@ -1,6 +1,7 @@
 package bpf
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -167,13 +168,14 @@ func runPlan(text string) error {
 			}
 			continue
 		}
-		fd := -1
+		var fd int
 		if s.Socket > 0 {
 			fd = sockets[s.Socket-1]
-		} else if made, err := s.socket(); err == nil {
-			fd = made
 		} else {
-			return err
+			var err error
+			if fd, err = s.socket(); err != nil {
+				return err
+			}
 		}
 		sockets = append(sockets, fd)
 		if err := out.Encode(s.run(fd)); err != nil {
@@ -217,8 +219,10 @@ func startClient(t testing.TB, cgroup string, p plan, namespaces uintptr) *clien
 	}
 	defer func() { _ = dir.Close() }()
 
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	t.Cleanup(cancel)
 	c := &client{t: t, pidFD: -1}
-	c.cmd = exec.Command("/proc/self/exe")
+	c.cmd = exec.CommandContext(ctx, "/proc/self/exe")
 	// With -race a process would otherwise take a second to end.
 	c.cmd.Env = append(os.Environ(), planVariable+"="+string(text), "GORACE=atexit_sleep_ms=0")
 	c.cmd.Stderr = os.Stderr

@@ -136,6 +136,7 @@ static __u64 (*const bpf_get_current_task)(void) = (void *)35;     /* 5.10 */
 static __u64 (*const bpf_get_socket_cookie)(void *ctx) = (void *)46;
 static long (*const bpf_setsockopt)(void *ctx, int level, int name, void *value, int size) = (void *)49;
 static long (*const bpf_sock_ops_cb_flags_set)(struct bpf_sock_ops *ctx, int flags) = (void *)59;
+static __u64 (*const bpf_get_current_cgroup_id)(void) = (void *)80;
 static void *(*const bpf_sk_storage_get)(void *map, void *sk, void *value, __u64 flags) = (void *)107; /* 5.9 */
 static long (*const bpf_sk_storage_delete)(void *map, void *sk) = (void *)108;
 static long (*const bpf_probe_read_kernel)(void *to, __u32 size, const void *from) = (void *)113; /* 5.10 */

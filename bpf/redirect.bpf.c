@@ -147,22 +147,17 @@ INLINE int is_exempt(void)
 	return 0;
 }
 
-/* running is any thread of the process: its leader may have ended and have no memory any more. */
-INLINE void read_task(struct klamm_task *to, struct task_struct___klamm *leader, struct task_struct___klamm *running)
+/* What the whole process has. running is any thread of it: its leader may have ended and have no memory any more. */
+INLINE void read_process(struct klamm_task *to, struct task_struct___klamm *leader, struct task_struct___klamm *running)
 {
 	struct inode___klamm *exe = READ(READ(READ(running, mm), exe_file), f_inode);
 	struct pid___klamm *pid = READ(leader, thread_pid);
-	struct cred___klamm *cred = READ(leader, real_cred);
 
 	to->start_boottime = READ(leader, start_boottime);
 	to->exec_id = READ(leader, self_exec_id);
 	to->pid_inode = HAS_FIELD(pid->ino) ? READ(pid, ino) : 0;
 	to->exe_inode = READ(exe, i_ino);
 	to->exe_dev = READ(READ(exe, i_sb), s_dev);
-	to->cgroup_id = READ(READ(READ(READ(leader, cgroups), dfl_cgrp), kn), id);
-	to->tgid = READ(leader, tgid);
-	to->uid = READ(cred, uid.val);
-	to->gid = READ(cred, gid.val);
 	bpf_probe_read_kernel(to->comm, sizeof(to->comm), &leader->comm);
 }
 
@@ -170,12 +165,13 @@ INLINE void write_record(struct klamm_record *r, struct bpf_sock_addr *ctx, cons
 			 __u32 ifindex)
 {
 	struct task_struct___klamm *task = (void *)bpf_get_current_task();
-	__u64 uid_gid = bpf_get_current_uid_gid();
+	__u64 pid_tgid = bpf_get_current_pid_tgid(), uid_gid = bpf_get_current_uid_gid();
 
-	read_task(&r->task, READ(task, group_leader), task);
+	read_process(&r->task, READ(task, group_leader), task);
+	r->task.cgroup_id = bpf_get_current_cgroup_id();
+	r->task.tgid = pid_tgid >> 32;
 	r->task.uid = uid_gid;
 	r->task.gid = uid_gid >> 32;
-	r->task.cgroup_id = READ(READ(READ(READ(task, cgroups), dfl_cgrp), kn), id);
 	r->version = KLAMM_RECORD_VERSION;
 	r->netns_inum = READ(READ(READ(task, nsproxy), net_ns), ns.inum);
 	r->netns_cookie = bpf_get_netns_cookie(ctx);
@@ -185,7 +181,7 @@ INLINE void write_record(struct klamm_record *r, struct bpf_sock_addr *ctx, cons
 	r->dport = c->port;
 	r->family = family;
 	r->protocol = ctx->protocol;
-	r->tid = bpf_get_current_pid_tgid();
+	r->tid = pid_tgid;
 	r->ifindex = ifindex;
 	bpf_get_current_comm(r->comm, sizeof(r->comm));
 }
@@ -492,10 +488,16 @@ int klamm_task(struct bpf_iter__task___klamm *ctx)
 {
 	struct task_struct___klamm *task = ctx->task;
 	struct klamm_task facts = {};
+	struct cred___klamm *cred;
 
 	if (!task || READ(task, pid) != klamm_wanted_pid)
 		return 0;
-	read_task(&facts, task, task);
+	read_process(&facts, task, task);
+	facts.cgroup_id = READ(READ(READ(READ(task, cgroups), dfl_cgrp), kn), id);
+	facts.tgid = READ(task, tgid);
+	cred = READ(task, real_cred);
+	facts.uid = READ(cred, uid.val);
+	facts.gid = READ(cred, gid.val);
 	bpf_seq_write(ctx->meta->seq, &facts, sizeof(facts));
 	return 0;
 }

@@ -163,7 +163,7 @@ func newRig(t testing.TB) *rig {
 	t.Helper()
 	r := &rig{t: t, programs: loaded(t), clients: makeCgroup(t, "clients")}
 	r.listeners[0] = listen(t, "127.0.0.1:0")
-	r.port = r.listeners[0].Addr().(*net.TCPAddr).AddrPort().Port()
+	r.port = portOf(r.listeners[0])
 	r.listeners[1] = listen(t, netip.AddrPortFrom(netip.IPv6Loopback(), r.port).String())
 	r.cookie = netnsCookie(t, r.listeners[0])
 	if err := r.programs.Enrol(r.cookie, r.port); err != nil {
@@ -181,8 +181,10 @@ func listen(t testing.TB, at string) *net.TCPListener {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = l.Close() })
-	return l.(*net.TCPListener)
+	return l.(*net.TCPListener) //nolint:errcheck // what it is for "tcp"
 }
+
+func portOf(l *net.TCPListener) uint16 { return netip.MustParseAddrPort(l.Addr().String()).Port() }
 
 func onFD[T any](t testing.TB, c syscall.Conn, call func(fd int) (T, error)) (T, error) {
 	t.Helper()
@@ -212,15 +214,19 @@ func netnsCookie(t testing.TB, c syscall.Conn) uint64 {
 // accept returns the next connection of one of the listeners.
 func (r *rig) accept(listener int) *net.TCPConn {
 	r.t.Helper()
-	l := r.listeners[listener]
+	return acceptFrom(r.t, r.listeners[listener])
+}
+
+func acceptFrom(t testing.TB, l *net.TCPListener) *net.TCPConn {
+	t.Helper()
 	if err := l.SetDeadline(time.Now().Add(patience)); err != nil {
-		r.t.Fatal(err)
+		t.Fatal(err)
 	}
 	conn, err := l.AcceptTCP()
 	if err != nil {
-		r.t.Fatal(err)
+		t.Fatal(err)
 	}
-	r.t.Cleanup(func() { _ = conn.Close() })
+	t.Cleanup(func() { _ = conn.Close() })
 	return conn
 }
 

@@ -36,7 +36,8 @@ func (r *taskReader) read(pid uint32) (TaskFacts, error) {
 // iterLinkInfo is union bpf_iter_link_info for tasks. Linux before 6.1 takes it as well, because all but the first word
 // is 0, and walks over all tasks.
 type iterLinkInfo struct {
-	tid, pid, pidFD uint32
+	tid uint32
+	_   [2]uint32
 }
 
 // linkCreate and iterCreate are union bpf_attr of the commands of that name.
@@ -61,6 +62,7 @@ func iterate(programFD int, pid uint32) (facts TaskFacts, err error) {
 		info:       &info,
 		infoLen:    uint32(unsafe.Sizeof(info)),
 	}
+	//nolint:gosec // bpf(2) takes a pointer to a structure of the command
 	linkFD, err := sysBPF(unix.BPF_LINK_CREATE, unsafe.Pointer(&link), unsafe.Sizeof(link))
 	if err != nil {
 		return TaskFacts{}, fmt.Errorf("make a task iterator: %w", err)
@@ -68,12 +70,14 @@ func iterate(programFD int, pid uint32) (facts TaskFacts, err error) {
 	defer func() { err = errors.Join(err, unix.Close(linkFD)) }()
 
 	iter := iterCreate{linkFD: uint32(linkFD)}
+	//nolint:gosec // as above
 	iterFD, err := sysBPF(unix.BPF_ITER_CREATE, unsafe.Pointer(&iter), unsafe.Sizeof(iter))
 	if err != nil {
 		return TaskFacts{}, fmt.Errorf("open the task iterator: %w", err)
 	}
 	defer func() { err = errors.Join(err, unix.Close(iterFD)) }()
 
+	//nolint:gosec // the program writes one struct klamm_task, which TaskFacts is
 	buf := unsafe.Slice((*byte)(unsafe.Pointer(&facts)), unsafe.Sizeof(facts))
 	switch n, err := ignoringEINTR(func() (int, error) { return unix.Read(iterFD, buf) }); {
 	case err != nil:

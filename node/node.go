@@ -72,6 +72,9 @@ func Open(c Config, log zerolog.Logger) (_ *Node, err error) {
 		return nil, err
 	}
 	n.closers = append(n.closers, n.redirect)
+	if err := MountBPFFS(BPFFS); err != nil {
+		log.Warn().Err(err).Msg("no BPF file system; the redirect works without one")
+	}
 	if n.attest, err = spiffe.NewStatic(c.Identities, spiffe.NewProcesses(tasks{n.redirect})); err != nil {
 		return nil, err
 	}
@@ -123,23 +126,26 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 	defer n.conns.Wait()
 	defer stop()
 
+	// Before the clusters: their brokers' ports are intercepted as soon as they are known.
+	if err := n.exempt(ctx); err != nil {
+		return err
+	}
 	for _, c := range n.config.Clusters {
 		cluster, err := OpenCluster(c, ClusterOptions{Dial: n.redirect.Dialer().DialContext, Ports: n.config.Intercept.Ports,
-			OnPorts: n.intercept, Log: n.log})
+			OnPorts: n.interceptAlso, Log: n.log})
 		if err != nil {
 			return err
 		}
 		defer cluster.Close()
 		n.clusters = append(n.clusters, cluster)
 	}
-	if err := n.exempt(ctx); err != nil {
-		return err
-	}
 	failed := make(chan error, 1)
 	if err := n.serveMetrics(ctx, failed); err != nil {
 		return err
 	}
-	n.intercept(nil)
+	if err := n.intercept(nil); err != nil {
+		return err
+	}
 	accepting := make(chan struct{})
 	go func() {
 		defer close(accepting)
@@ -169,14 +175,19 @@ func (n *Node) Close() error {
 }
 
 // intercept adds ports to those that are redirected.
-func (n *Node) intercept(ports []uint16) {
+func (n *Node) intercept(ports []uint16) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	all := slices.Concat(n.ports, ports)
 	slices.Sort(all)
 	n.ports = slices.Compact(all)
-	if err := n.redirect.SetPorts(n.ports); err != nil {
-		n.log.Error().Err(err).Uints16("ports", n.ports).Msg("these broker ports may not be intercepted")
+	return n.redirect.SetPorts(n.ports)
+}
+
+// interceptAlso is intercept for ports that a cluster's brokers advertise.
+func (n *Node) interceptAlso(ports []uint16) {
+	if err := n.intercept(ports); err != nil {
+		n.log.Error().Err(err).Uints16("ports", ports).Msg("these broker ports may not be intercepted")
 	}
 }
 

@@ -141,7 +141,7 @@ func (r *Redirect) listenOnce() (_ listener, err error) {
 	if err != nil {
 		return listener{}, err
 	}
-	port := v4.Addr().(*net.TCPAddr).AddrPort().Port()
+	port := netip.MustParseAddrPort(v4.Addr().String()).Port()
 	l := listener{cookie: cookie, port: port, tcp: []*net.TCPListener{v4}}
 	v6, _, err := r.listenAt(netip.AddrPortFrom(netip.IPv6Loopback(), port))
 	switch {
@@ -172,7 +172,7 @@ func (r *Redirect) listenAt(at netip.AddrPort) (*net.TCPListener, uint64, error)
 	if err != nil {
 		return nil, 0, fmt.Errorf("listen for redirected connections: %w", err)
 	}
-	return l.(*net.TCPListener), cookie, nil
+	return l.(*net.TCPListener), cookie, nil //nolint:errcheck // what it is for "tcp"
 }
 
 // control calls f with the file descriptor.
@@ -238,11 +238,7 @@ func (r *Redirect) Accept() (net.Conn, bpf.Record, error) {
 
 // Dial connects to a broker itself, from the network namespace of the calling thread, over plain TCP.
 func (r *Redirect) Dial(ctx context.Context, to netip.AddrPort) (*net.TCPConn, error) {
-	conn, err := r.Dialer().DialContext(ctx, "tcp", to.String())
-	if err != nil {
-		return nil, err
-	}
-	return conn.(*net.TCPConn), nil
+	return r.Dialer().DialTCP(ctx, "tcp", netip.AddrPort{}, to)
 }
 
 // Dialer returns a dialer for the node itself: its sockets are stamped before they connect, so they are not redirected.
@@ -300,8 +296,8 @@ func Cgroup2Mount() (string, error) {
 		}
 	}
 	if len(mounts) > 0 {
-		return "", fmt.Errorf("%s is only a part of the host's cgroup2: run the node in the host's cgroup namespace, or mount"+
-			" the host's /sys/fs/cgroup into its container", mounts[0].Mountpoint)
+		return "", fmt.Errorf("%s is only a part of the host's cgroup2: run the node in the host's cgroup namespace, or"+
+			" mount the host's /sys/fs/cgroup into its container", mounts[0].Mountpoint)
 	}
 	return "", errors.New("cgroup2 is not mounted: mount -t cgroup2 none /sys/fs/cgroup/unified")
 }
@@ -342,11 +338,19 @@ func ownCgroup(root string) string {
 	return root
 }
 
+// BPFFS is where hosts have their BPF file system.
+const BPFFS = "/sys/fs/bpf"
+
+// HasBPFFS tells whether a BPF file system is mounted at path.
+func HasBPFFS(path string) bool {
+	var fs unix.Statfs_t
+	return unix.Statfs(path, &fs) == nil && fs.Type == unix.BPF_FS_MAGIC
+}
+
 // MountBPFFS mounts a BPF file system at path, readable by root only, unless there is one already. It needs
 // CAP_SYS_ADMIN.
 func MountBPFFS(path string) error {
-	var fs unix.Statfs_t
-	if err := unix.Statfs(path, &fs); err == nil && fs.Type == unix.BPF_FS_MAGIC {
+	if HasBPFFS(path) {
 		return nil
 	}
 	if err := os.MkdirAll(path, 0o700); err != nil {

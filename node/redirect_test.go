@@ -154,7 +154,7 @@ func startBroker(t *testing.T, at string) netip.AddrPort {
 			_ = conn.Close()
 		}
 	}()
-	return l.Addr().(*net.TCPAddr).AddrPort()
+	return netip.MustParseAddrPort(l.Addr().String())
 }
 
 func TestAClientIsAcceptedWithItsDestinationWhichDialReaches(t *testing.T) {
@@ -197,14 +197,13 @@ func TestAClientIsAcceptedWithItsDestinationWhichDialReaches(t *testing.T) {
 	}
 }
 
-func TestTheNodesOwnSocketsAreNotRedirected(t *testing.T) {
-	broker := startBroker(t, "127.0.0.1:0")
+// enterCgroup moves this process, because only sockets made within the cgroup are redirected.
+func enterCgroup(t *testing.T, cgroup string) {
+	t.Helper()
 	root, err := Cgroup2Mount()
 	if err != nil {
 		t.Fatal(err)
 	}
-	r, cgroup := openRedirect(t, broker.Port())
-	// Only from within the cgroup does the hook see our sockets at all.
 	home := ownCgroup(root)
 	enter := func(dir string) {
 		if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte("0"), 0); err != nil {
@@ -212,17 +211,70 @@ func TestTheNodesOwnSocketsAreNotRedirected(t *testing.T) {
 		}
 	}
 	enter(cgroup)
-	defer enter(home)
+	t.Cleanup(func() { enter(home) })
+}
 
-	conn, err := r.Dialer().DialContext(t.Context(), "tcp", broker.String())
-	if err != nil {
+func TestTheNodesOwnSocketsAreNotRedirected(t *testing.T) {
+	broker := startBroker(t, "127.0.0.1:0")
+	r, cgroup := openRedirect(t, broker.Port())
+	enterCgroup(t, cgroup)
+	for _, dial := range []func() (net.Conn, error){
+		func() (net.Conn, error) { return r.Dial(t.Context(), broker) },
+		func() (net.Conn, error) { return r.Dialer().DialContext(t.Context(), "tcp", broker.String()) },
+	} {
+		conn, err := dial()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := io.ReadAll(conn); err != nil || string(got) != "the broker" {
+			t.Errorf("read %q, %v", got, err)
+		}
+		_ = conn.Close()
+	}
+	if counters, err := r.Counters(); err != nil || counters["passed_stamped"] != 2 || counters["redirected"] != 0 {
+		t.Errorf("counters are %v, %v", counters, err)
+	}
+}
+
+func TestAThousandConnectsAtOnceKeepTheirRecords(t *testing.T) {
+	const clients, firstPort = 1000, 20000
+	ports := make([]uint16, clients)
+	for i := range ports {
+		ports[i] = uint16(firstPort + i)
+	}
+	r, cgroup := openRedirect(t, 0)
+	if err := r.SetPorts(ports); err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = conn.Close() }()
-	if got, err := io.ReadAll(conn); err != nil || string(got) != "the broker" {
-		t.Errorf("read %q, %v", got, err)
+	enterCgroup(t, cgroup)
+
+	// Each client asks for another port, is told which one its record names, and compares.
+	var wrong sync.Map
+	var running sync.WaitGroup
+	for _, port := range ports {
+		running.Go(func() {
+			var got bytes.Buffer
+			to := netip.AddrPortFrom(netip.MustParseAddr("192.0.2.7"), port).String()
+			if err := readAll(to, &got); err != nil || got.String() != to {
+				wrong.Store(to, fmt.Sprintf("%s %v", got.String(), err))
+			}
+		})
 	}
-	if counters, err := r.Counters(); err != nil || counters["passed_stamped"] != 1 || counters["redirected"] != 0 {
+	for range clients {
+		a := acceptOne(t, r)
+		if a.err != nil {
+			t.Fatal(a.err)
+		}
+		_, _ = io.WriteString(a.conn, a.record.Destination().String())
+		_ = a.conn.Close()
+	}
+	running.Wait()
+	wrong.Range(func(to, got any) bool {
+		t.Errorf("the client of %v read %v", to, got)
+		return true
+	})
+	counters, err := r.Counters()
+	if err != nil || counters["handed_over"] != clients || counters["accept_refused"] != 0 {
 		t.Errorf("counters are %v, %v", counters, err)
 	}
 }

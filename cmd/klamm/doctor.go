@@ -39,7 +39,7 @@ var hostChecks = []struct {
 	{"kernel type information", checkBTF, "use a kernel built with CONFIG_DEBUG_INFO_BTF=y (Debian 12, Ubuntu 22.04 and later have it)"},
 	{"kernel features", checkFeatures, "use Linux 5.15 or newer, with CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF"},
 	{"cgroup2", checkCgroup2, "mount it: mount -t cgroup2 none /sys/fs/cgroup/unified (or boot with systemd.unified_cgroup_hierarchy=1)"},
-	{"bpffs", checkBPFFS, "mount it: mount -t bpf bpf /sys/fs/bpf (the node does so itself when it may)"},
+	{"bpffs", checkBPFFS, ""},
 	{"eBPF programs", checkPrograms, "the message says what the kernel lacks, or which program of somebody else is in the way"},
 }
 
@@ -164,12 +164,12 @@ func checkCgroup2() (string, error) {
 	return "mounted at " + path, nil
 }
 
+// checkBPFFS only looks.
 func checkBPFFS() (string, error) {
-	const path = "/sys/fs/bpf"
-	if err := node.MountBPFFS(path); err != nil {
-		return "", err
+	if !node.HasBPFFS(node.BPFFS) {
+		return "not mounted at " + node.BPFFS + "; the node mounts it at start", nil
 	}
-	return "mounted at " + path, nil
+	return "mounted at " + node.BPFFS, nil
 }
 
 // checkPrograms loads and attaches the real programs to a cgroup that holds no process.

@@ -159,21 +159,20 @@ type Batch struct {
 	SHA256                 [32]byte // of the record bytes: all that follows the batch header, as forwarded
 }
 
-// MarshalZerologObject writes the batch into a line.
-func (b *Batch) MarshalZerologObject(e *zerolog.Event) {
-	e.Int64("base_offset", b.BaseOffset).Int64("last_offset", b.LastOffset).Int32("count", b.Count).Int("bytes", b.Bytes)
+func (b *Batch) fields() *zerolog.Event {
+	e := zerolog.Dict().Int64("base_offset", b.BaseOffset).Int64("last_offset", b.LastOffset).Int32("count", b.Count).Int("bytes", b.Bytes)
 	if b.ProducerID >= 0 {
-		e.Int64("producer_id", b.ProducerID).Int16("producer_epoch", b.ProducerEpoch).Int32("base_sequence", b.BaseSequence)
+		e = e.Int64("producer_id", b.ProducerID).Int16("producer_epoch", b.ProducerEpoch).Int32("base_sequence", b.BaseSequence)
 	}
-	e.Hex("sha256", b.SHA256[:])
+	return e.Hex("sha256", b.SHA256[:])
 }
 
 // Batches is a list of batches in one line.
 type Batches []Batch
 
-// MarshalZerologArray writes the batches into a line.
+// MarshalZerologArray writes the batches into a line. As Dict, for Object allocates.
 func (b *Batches) MarshalZerologArray(a *zerolog.Array) {
 	for i := range *b {
-		a.Object(&(*b)[i])
+		a.Dict((*b)[i].fields())
 	}
 }

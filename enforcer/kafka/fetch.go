@@ -197,7 +197,7 @@ func (s *session) readFetchTopic(p *pending) error {
 		}
 	}
 	var t *topic
-	if name, known := s.topicName(name, id); known {
+	if name, known := s.downTopics.resolve(s.conn.Cluster, name, id); known {
 		t, _ = s.downTopics.get(name, p.view)
 	}
 	partitions, err := r.length()
@@ -298,8 +298,8 @@ func (s *session) readRecords(p *pending, t *topic, partition int32, size int) e
 			}
 			r.sha.Write(b)
 		}
-		r.sha.Sum(batch.SHA256[:0])
 		r.batches = append(r.batches, batch)
+		r.sha.Sum(r.batches[len(r.batches)-1].SHA256[:0]) // there, because what Sum writes to is moved to the heap
 		if len(r.batches) == maxLineBatches {
 			s.auditFetched(p, t, partition)
 		}

@@ -284,9 +284,7 @@ func TestACutBatchIsPassedOnAndIsNoEvidence(t *testing.T) {
 		if got := resp.Topics[0].Partitions[0].RecordBatches; string(got) != string(sent) {
 			t.Errorf("cut at %d: %d bytes of records arrived, %d were sent", n, len(got), len(sent))
 		}
-		if err := client.Close(); err != nil {
-			t.Fatal(err)
-		}
+		broker.closeWrite()
 		if err := <-ended; err != nil {
 			t.Errorf("cut at %d: %v", n, err)
 		}

@@ -55,7 +55,7 @@ func (s *session) scanProduce(e *wire.Entry[pending], frame []byte, view *policy
 	c.I32() // timeout_ms
 	for range c.Array(3) {
 		name, id := topicRef(&c, p.Version >= 13)
-		name, known := s.topicName(name, id)
+		name, known := s.upTopics.resolve(s.conn.Cluster, name, id)
 		if c.Bad || !known {
 			return false
 		}
@@ -126,7 +126,7 @@ func (s *session) auditProduce(t *audit.Trail, p *pending, answer []byte) {
 	c := wire.Cursor{B: answer, Flex: wire.Flexible(p.Key, p.Version)}
 	for range c.Array(3) {
 		name, id := topicRef(&c, p.Version >= 13)
-		name, _ = s.topicName(name, id)
+		name, _ = s.downTopics.resolve(s.conn.Cluster, name, id)
 		for range c.Array(14) {
 			partition, code, offset := c.I32(), c.I16(), c.I64()
 			if p.Version >= 2 {

@@ -278,6 +278,8 @@ func (a *auditLines) Write(b []byte) (int, error) {
 	return a.text.Write(b)
 }
 
+func newTrail(lines *auditLines) *audit.Trail { return audit.New(lines, "node-1").Trail(audit.Subject{}) }
+
 type auditLine struct {
 	Event, Verdict, Reason, Error, API, Topic, Outcome, Rule string
 	Partition, Count                                         int32

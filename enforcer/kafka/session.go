@@ -568,8 +568,10 @@ func (p *pending) reset(h wire.Header, clientID string) {
 
 // fromPipe names the refusals among a pipe's errors.
 func fromPipe(err error) error {
-	if errors.Is(err, wire.ErrBudget) {
-		return &Error{audit.OutOfMemory, err}
+	for cause, reason := range map[error]audit.Reason{wire.ErrBudget: audit.OutOfMemory, wire.ErrStalled: audit.BadFrame} {
+		if errors.Is(err, cause) {
+			return &Error{reason, err}
+		}
 	}
 	return err
 }

@@ -203,10 +203,11 @@ func TestWhatIsNoKafkaIsRefusedAndReachesNoBroker(t *testing.T) {
 	binary.BigEndian.PutUint16(unknownKey[4:], 12_345)
 	negativeKey := bytes.Clone(unknownKey)
 	binary.BigEndian.PutUint16(negativeKey[4:], 0x8000)
-	undecodable := requestFrame(1, produceRequest(9, -1, []byte("record"), "secret"))
-	undecodable[len(undecodable)-30] ^= 0xff
-	truncated := requestFrame(1, kmsg.NewPtrMetadataRequest())[:20]
-	binary.BigEndian.PutUint32(truncated, 16)
+	cut := func(n int) []byte { // after n bytes, its size being true
+		b := requestFrame(1, kmsg.NewPtrMetadataRequest())[:wire.SizePrefix+n]
+		binary.BigEndian.PutUint32(b, uint32(n))
+		return b
+	}
 
 	for name, c := range map[string]struct {
 		bytes  []byte
@@ -222,8 +223,8 @@ func TestWhatIsNoKafkaIsRefusedAndReachesNoBroker(t *testing.T) {
 		"SSH":                          {[]byte("SSH-2.0-OpenSSH_9.2\r\n"), audit.BadFrame},
 		"an API key nobody knows":      {unknownKey, audit.UnknownAPI},
 		"a negative API key":           {negativeKey, audit.BadFrame},
-		"a header longer than a frame": {truncated, audit.BadFrame},
-		"a body that does not parse":   {undecodable, audit.Undecodable},
+		"a header longer than a frame": {cut(12), audit.BadFrame},
+		"a body that does not parse":   {cut(16), audit.Undecodable},
 	} {
 		t.Run(name, func(t *testing.T) {
 			rig := newRig(t, ordersOnly)
@@ -496,12 +497,12 @@ func TestASlowReaderStopsTheWriter(t *testing.T) {
 	})
 	t.Run("the broker", func(t *testing.T) {
 		rig := newRig(t, ordersOnly)
-		client, _, ended := rig.serveScripted(t)
+		client, broker, ended := rig.serveScripted(t)
 		frame := requestFrame(1, produceRequest(9, -1, make([]byte, 1<<20), "orders"))
 		if n := write(client, frame); n > little {
 			t.Errorf("%d bytes left the client while the broker read none", n)
 		}
-		if err := client.Close(); err != nil {
+		if err := broker.Close(); err != nil {
 			t.Fatal(err)
 		}
 		<-ended
@@ -537,9 +538,7 @@ func TestRequestsInFlightAreBounded(t *testing.T) {
 			headers = append(headers, h)
 		}
 	}
-	if err := client.Close(); err != nil {
-		t.Fatal(err)
-	}
+	broker.closeWrite()
 	<-ended
 }
 

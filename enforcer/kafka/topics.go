@@ -19,17 +19,20 @@ type topic struct {
 }
 
 // topicCache keeps topics by name. It belongs to one goroutine.
-type topicCache map[string]*topic
+type topicCache struct {
+	topics map[string]*topic
+	name   []byte // what resolve returned last
+}
 
 // get returns the topic as the view decides it, and whether that was decided only now.
 func (c *topicCache) get(name []byte, view *policy.View) (t *topic, fresh bool) {
-	t = (*c)[string(name)]
+	t = c.topics[string(name)]
 	if t == nil {
-		if *c == nil || len(*c) >= maxTopics {
-			*c = make(topicCache)
+		if c.topics == nil || len(c.topics) >= maxTopics {
+			c.topics = make(map[string]*topic)
 		}
 		t = &topic{name: string(name)}
-		(*c)[t.name] = t
+		c.topics[t.name] = t
 	}
 	if t.view == view && view != nil {
 		return t, false
@@ -40,19 +43,21 @@ func (c *topicCache) get(name []byte, view *policy.View) (t *topic, fresh bool) 
 	return t, true
 }
 
-// topicName is the name of a topic that a request or an answer names by name or, where id is not zero, by id.
-func (s *session) topicName(name []byte, id authz.TopicID) ([]byte, bool) {
+// resolve is the name of a topic that a request or an answer names by name or, where id is not zero, by id. It is valid
+// until the next call.
+func (c *topicCache) resolve(topics authz.Topics, name []byte, id authz.TopicID) ([]byte, bool) {
 	if id == (authz.TopicID{}) {
 		return name, name != nil
 	}
-	n, ok := s.conn.Cluster.Name(id)
-	return []byte(n), ok
+	known, ok := topics.Name(id)
+	c.name = append(c.name[:0], known...)
+	return c.name, ok
 }
 
 // mayRead decides a topic of a fetch. The first yes of a connection goes on record: the fetches that find nothing to
 // read, of which there are many, do not.
 func (s *session) mayRead(name []byte, id authz.TopicID) bool {
-	name, known := s.topicName(name, id)
+	name, known := s.upTopics.resolve(s.conn.Cluster, name, id)
 	if !known {
 		return false
 	}

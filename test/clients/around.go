@@ -247,9 +247,9 @@ func (r *rig) ownBroker(ctx context.Context) (refused, audited error) {
 		reached, n := strings.Contains(o.out, "loot"), accepted.take()
 		switch {
 		case path == "direct" && !reached:
-			refused = errors.Join(refused, fmt.Errorf("not even the direct client got there: %w\n%s", o.err, o.tail()))
+			refused = errors.Join(refused, o.failure("not even the direct client got there"))
 		case path == "redirected" && (reached || n > 0):
-			refused = errors.Join(refused, fmt.Errorf("it was reached by %d connections\n%s", n, o.tail()))
+			refused = errors.Join(refused, o.failure("it was reached by %d connections", n))
 		}
 	}
 	return refused, r.auditHas(address)
@@ -275,7 +275,7 @@ func (r *rig) strangerSeesNothing(ctx context.Context) error {
 		name: "stranger", place: r.redirected, uid: strangeID, command: "kcat -L -b {brokers} -m 5", limit: limit,
 	})
 	if strings.Contains(o.out, "orders-") || strings.Contains(o.out, forbidden) {
-		return fmt.Errorf("it sees topics\n%s", o.tail())
+		return o.failure("it sees topics")
 	}
 	return nil
 }

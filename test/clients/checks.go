@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -55,7 +56,7 @@ func produces(ctx context.Context, r *rig, c *client) error {
 	}
 	o := r.run(ctx, c.call("produce", c.produce))
 	if o.err != nil {
-		return fmt.Errorf("%w\n%s", o.err, o.tail())
+		return o.failure("it failed")
 	}
 	got, err := r.read(ctx, c.topic())
 	if err != nil {
@@ -96,13 +97,13 @@ func consumesInAGroup(ctx context.Context, r *rig, c *client) error {
 	}
 	o := r.run(ctx, c.call("group", c.consume))
 	if o.err != nil {
-		return fmt.Errorf("%w\n%s", o.err, o.tail())
+		return o.failure("it failed")
 	}
 	if c.counts {
 		// The line of results: start, end, MB, MB/s, records, …
 		lines := strings.Split(strings.TrimSpace(o.out), "\n")
 		if fields := strings.Split(lines[len(lines)-1], ", "); len(fields) < 5 || fields[4] != strconv.Itoa(records) {
-			return fmt.Errorf("it consumed other than %d records\n%s", records, o.tail())
+			return o.failure("it consumed other than %d records", records)
 		}
 		return nil
 	}
@@ -113,7 +114,7 @@ func showsCommittedOffsets(ctx context.Context, r *rig, c *client) error {
 	o := r.run(ctx, c.call("group", c.members))
 	row := regexp.MustCompile(regexp.QuoteMeta(c.topic()) + `\s+0\s+` + strconv.Itoa(committed) + `\s`)
 	if o.err != nil || !row.MatchString(o.out) {
-		return fmt.Errorf("no offset %d of partition 0 of %s: %w\n%s", committed, c.topic(), o.err, o.tail())
+		return o.failure("it shows no offset %d of partition 0 of %s", committed, c.topic())
 	}
 	return nil
 }
@@ -130,9 +131,9 @@ func seesOnlyWhatIsPermitted(ctx context.Context, r *rig, c *client) error {
 	o := r.run(ctx, c.call("list", c.list))
 	switch {
 	case o.err != nil:
-		return fmt.Errorf("%w\n%s", o.err, o.tail())
+		return o.failure("it failed")
 	case !strings.Contains(o.out, c.topic()):
-		return fmt.Errorf("%s is not in its list\n%s", c.topic(), o.tail())
+		return o.failure("%s is not in its list", c.topic())
 	case strings.Contains(o.out, hidden):
 		return fmt.Errorf("%s is in its list", hidden)
 	}
@@ -144,7 +145,7 @@ func isRefusedToWrite(ctx context.Context, r *rig, c *client) error {
 	if c.produce == "" {
 		return errNotApplicable
 	}
-	if err := c.isRefused(ctx, r, "write denied", c.produce); err != nil {
+	if err := c.isRefused(ctx, r, "write denied", cmp.Or(c.write, c.produce)); err != nil {
 		return err
 	}
 	got, err := r.read(ctx, forbidden)
@@ -159,7 +160,7 @@ func isRefusedToWrite(ctx context.Context, r *rig, c *client) error {
 
 // isRefusedToRead: the client says in its own words that it is not authorized, and has read nothing.
 func isRefusedToRead(ctx context.Context, r *rig, c *client) error {
-	command := c.consume + c.reset
+	command := cmp.Or(c.consume, c.reset)
 	if command == "" {
 		return errNotApplicable
 	}
@@ -175,7 +176,7 @@ func (c *client) isRefused(ctx context.Context, r *rig, check, command string) e
 	case strings.Contains(o.out, secret):
 		return errors.New("it read what it must not see")
 	case !c.denied.MatchString(o.all):
-		return fmt.Errorf("it did not say %q: %w\n%s", c.denied, o.err, o.tail())
+		return o.failure("it did not say %q", c.denied)
 	}
 	return nil
 }

@@ -23,12 +23,14 @@ type client struct {
 	produce string // one record per line of the standard input, or of {lines}
 	consume string // prints the values of {n} records of a group; see counts
 	list    string // prints the names of the topics, or groups, that it sees
+	write   string // produces one record in the way that lets an application see a refusal; empty: produce
 	reset   string // sets the offsets of a group to the earliest; for a client that does not consume
 	members string // prints topics and committed offsets of {group}; for a client that does not consume
 	slow    string // produces some 70 records in 15 s; empty: produce, fed slowly
 
 	counts      bool           // consume prints the number of records instead of their values
 	seesGroups  bool           // list prints groups
+	givesUp     *regexp.Regexp // what it says of records it gave up before a killed broker was fenced; nil: it never does
 	denied      *regexp.Regexp // the client's own words for TOPIC_AUTHORIZATION_FAILED
 	unreachable *regexp.Regexp // the client's own words for brokers that cannot be reached
 }
@@ -49,6 +51,7 @@ var clients = []client{
 		produce:     "{java} " + kafka.ConsoleProducer + " --bootstrap-server {brokers} --topic {topic}",
 		consume:     "{java} " + kafka.ConsoleConsumer + javaConsume,
 		list:        "{java} " + kafka.TopicCommand + " --bootstrap-server {brokers} --list",
+		givesUp:     regexp.MustCompile(`Error when sending message`), // after 3 retries, its default
 		denied:      javaDenied,
 		unreachable: javaUnreachable,
 	}, {
@@ -101,14 +104,17 @@ var clients = []client{
 		produce:     "{stage}/sarama produce {brokers} {topic}",
 		consume:     "{stage}/sarama consume {brokers} {topic} {group} {n}",
 		list:        "{stage}/sarama list {brokers}",
+		givesUp:     regexp.MustCompile(`.`), // errors are all it prints
 		denied:      regexp.MustCompile(`The client is not authorized to access this topic`),
 		unreachable: regexp.MustCompile(`client has run out of available brokers to talk to`),
 	}, {
 		name:        "kafka-go",
 		obtain:      goProgram("kafka-go"),
 		produce:     "{stage}/kafka-go produce {brokers} {topic}",
+		write:       "{stage}/kafka-go write {brokers} {topic}",
 		consume:     "{stage}/kafka-go consume {brokers} {topic} {group} {n}",
 		list:        "{stage}/kafka-go list {brokers}",
+		givesUp:     regexp.MustCompile(`.`), // errors are all it prints
 		denied:      regexp.MustCompile(`Topic Authorization Failed`),
 		unreachable: regexp.MustCompile(`connection refused|connection reset|broken pipe|EOF`),
 	}, {

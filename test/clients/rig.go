@@ -140,7 +140,8 @@ func (r *rig) fillCluster(ctx context.Context) error {
 		c := &clients[i]
 		topics = append(topics, c.topic(), c.topic()+"-redirected", c.topic()+"-direct")
 	}
-	if err := r.createTopics(ctx, topics); err != nil {
+	ids, err := r.createTopics(ctx, topics)
+	if err != nil {
 		return err
 	}
 	record := kgo.KeyStringRecord("", secret)
@@ -149,7 +150,7 @@ func (r *rig) fillCluster(ctx context.Context) error {
 		return fmt.Errorf("fill topic %s: %w", forbidden, err)
 	}
 	for group, topic := range map[string]string{forbiddenGroup: forbidden, "orders-java-groups": "orders-java-groups"} {
-		if err := r.commit(ctx, group, topic, committed); err != nil {
+		if err := r.commit(ctx, group, topic, ids[topic], committed); err != nil {
 			return fmt.Errorf("commit offsets of group %s: %w", group, err)
 		}
 	}
@@ -328,7 +329,7 @@ func (r *rig) run(ctx context.Context, c call) outcome {
 	took := time.Since(began)
 	if errors.Is(err, errStopped) || ctx.Err() != nil {
 		_ = kafka.Kill(cmd)
-		<-ended
+		err = errors.Join(err, <-ended)
 	}
 	result := outcome{out.String(), all.String(), took, err}
 	return result.logged(filepath.Join(r.logs, c.name+".log"), command)
@@ -383,7 +384,16 @@ func (o outcome) logged(file, command string) outcome {
 	return outcome{o.out, o.all, o.took, errors.Join(o.err, os.WriteFile(file, []byte(text), 0o644))}
 }
 
-// tail returns the end of what a client said, for an error.
+// failure returns an error that also says how the call ended and what the client said last.
+func (o outcome) failure(format string, args ...any) error {
+	end := "exit code 0"
+	if o.err != nil {
+		end = o.err.Error()
+	}
+	return fmt.Errorf("%s (%s after %v)\n%s", fmt.Sprintf(format, args...), end, o.took.Round(time.Millisecond), o.tail())
+}
+
+// tail returns the end of what a client said.
 func (o outcome) tail() string {
 	const lines = 12
 	var last []string

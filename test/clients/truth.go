@@ -18,7 +18,8 @@ const (
 	readTimeout = 30 * time.Second
 )
 
-func (r *rig) createTopics(ctx context.Context, names []string) error {
+// createTopics returns the ids of the topics by name.
+func (r *rig) createTopics(ctx context.Context, names []string) (map[string][16]byte, error) {
 	request := kmsg.NewPtrCreateTopicsRequest()
 	for _, name := range names {
 		topic := kmsg.NewCreateTopicsRequestTopic()
@@ -27,24 +28,26 @@ func (r *rig) createTopics(ctx context.Context, names []string) error {
 	}
 	answer, err := request.RequestWith(ctx, r.admin)
 	if err != nil {
-		return fmt.Errorf("create topics: %w", err)
+		return nil, fmt.Errorf("create topics: %w", err)
 	}
+	ids := map[string][16]byte{}
 	for _, topic := range answer.Topics {
 		if err := kerr.ErrorForCode(topic.ErrorCode); err != nil {
-			return fmt.Errorf("create topic %s: %w", topic.Topic, err)
+			return nil, fmt.Errorf("create topic %s: %w", topic.Topic, err)
 		}
+		ids[topic.Topic] = topic.TopicID
 	}
-	return nil
+	return ids, nil
 }
 
 // commit commits an offset of partition 0 for a group without members.
-func (r *rig) commit(ctx context.Context, group, topic string, offset int64) error {
+func (r *rig) commit(ctx context.Context, group, topic string, id [16]byte, offset int64) error {
 	request := kmsg.NewPtrOffsetCommitRequest()
 	request.Group, request.Generation = group, -1
 	partition := kmsg.NewOffsetCommitRequestTopicPartition()
 	partition.Offset = offset
 	request.Topics = []kmsg.OffsetCommitRequestTopic{{
-		Topic: topic, Partitions: []kmsg.OffsetCommitRequestTopicPartition{partition},
+		Topic: topic, TopicID: id, Partitions: []kmsg.OffsetCommitRequestTopicPartition{partition},
 	}}
 	answer, err := request.RequestWith(ctx, r.admin)
 	if err != nil {

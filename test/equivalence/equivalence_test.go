@@ -1,6 +1,6 @@
 // Package equivalence compares our decisions with those of a real broker: the same request goes to Kafka with
-// StandardAuthorizer as a user with ACLs, and through the handlers, with the same rights as a policy, to the same broker
-// as its super user. The client must see the same answer.
+// StandardAuthorizer as a user with ACLs, and through the handlers, with the same rights as a policy, to the same
+// broker as its super user. The client must see the same answer.
 package equivalence
 
 import (
@@ -56,7 +56,7 @@ var rights = []right{
 }
 
 // inPolicy are the rights as a policy file.
-func inPolicy() string {
+func inPolicy(rights []right) string {
 	var s strings.Builder
 	s.WriteString("apiVersion: klamm/v1\nrules:\n  - name: rights\n    principals: [\"User:alice\"]\n    allow:\n")
 	for _, r := range rights {
@@ -70,11 +70,8 @@ func inPolicy() string {
 	return s.String()
 }
 
-// mutation is a policy that allows what no ACL does: with MUTATE=1 the comparison must fail.
-const mutation = `
-apiVersion: klamm/v1
-rules: [{name: mutant, principals: ["*"], allow: [{topic: "*", operations: [All]}, {group: "*", operations: [All]}]}]
-`
+// mutation is a right no ACL gives: with MUTATE=1 it is in the policy, and the comparison must fail.
+var mutation = right{topic, "secret", kmsg.ACLOperationDescribe}
 
 type ids map[authz.TopicID]string
 
@@ -92,7 +89,10 @@ func (m ids) of(name string) (id authz.TopicID) {
 func TestAnswersAreThoseOfABrokerWithTheSameACLs(t *testing.T) {
 	for _, version := range []string{kafka.Newest, kafka.Previous} {
 		for _, autoCreate := range []bool{true, false} {
-			t.Run(fmt.Sprintf("%s, auto-creation %v", version, autoCreate), func(t *testing.T) { compare(t, version, autoCreate) })
+			t.Run(fmt.Sprintf("%s, auto-creation %v", version, autoCreate), func(t *testing.T) {
+				compare(t, version,
+					autoCreate)
+			})
 		}
 	}
 }
@@ -112,27 +112,25 @@ func compare(t *testing.T, version string, autoCreate bool) {
 			t.Fatal(err)
 		}
 	}
-	set, err := policy.Parse("rights", []byte(inPolicy()))
+	ours := rights
+	if os.Getenv("MUTATE") == "1" {
+		ours = append(slices.Clone(rights), mutation)
+	}
+	set, err := policy.Parse("rights", []byte(inPolicy(ours)))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if os.Getenv("MUTATE") == "1" {
-		mutant, err := policy.Parse("mutant", []byte(mutation))
-		if err != nil {
-			t.Fatal(err)
-		}
-		set = mutant
-	}
 	view := policy.New(set).For(policy.Subject{Principal: "User:alice"})
 
-	alice, admin := dial(t, c.SASLAddrs()[0], "alice", "wonder"), dial(t, c.SASLAddrs()[0], kafka.Admin, kafka.AdminPassword)
+	alice := dial(t, c.SASLAddrs()[0], "alice", "wonder")
+	admin := dial(t, c.SASLAddrs()[0], kafka.Admin, kafka.AdminPassword)
 	known := ids{}
-	all := admin.ask(t, &kmsg.MetadataRequest{Version: 12}).(*kmsg.MetadataResponse)
+	all := ask[*kmsg.MetadataResponse](t, admin, &kmsg.MetadataRequest{Version: 12})
 	for _, t := range all.Topics {
 		known[t.TopicID] = *t.Topic
 	}
 	spoken := map[int16]int16{}
-	for _, k := range admin.ask(t, &kmsg.ApiVersionsRequest{Version: 0}).(*kmsg.ApiVersionsResponse).ApiKeys {
+	for _, k := range ask[*kmsg.ApiVersionsResponse](t, admin, &kmsg.ApiVersionsRequest{}).ApiKeys {
 		spoken[k.ApiKey] = k.MaxVersion
 	}
 
@@ -152,12 +150,13 @@ func compare(t *testing.T, version string, autoCreate bool) {
 		for v := from; v <= to; v++ {
 			t.Run(fmt.Sprintf("%s v%d/%s", kmsg.NameForKey(q.req.Key()), v, q.what), func(t *testing.T) {
 				q.req.SetVersion(v)
-				real := alice.ask(t, q.req)
-				ours, seen := through(t, &authz.Ctx{View: view, Topics: known, Resolved: true, AutoCreate: autoCreate}, q.req, admin), q.req.ResponseKind()
+				theirs := alice.ask(t, q.req)
+				ours, seen := through(t, &authz.Ctx{View: view, Topics: known, Resolved: true, AutoCreate: autoCreate},
+					q.req, admin), q.req.ResponseKind()
 				if err := seen.ReadFrom(ours.AppendTo(nil)); err != nil {
 					t.Fatal(err)
 				}
-				if want, got := shown(real), shown(seen); got != want {
+				if want, got := shown(theirs), shown(seen); got != want {
 					t.Errorf("we answer\n%s\nKafka answers\n%s", got, want)
 				}
 			})
@@ -169,9 +168,9 @@ func compare(t *testing.T, version string, autoCreate bool) {
 // rather than for the request.
 func awaitCoordinator(t *testing.T, admin *conn) {
 	for keyType := range int8(2) {
+		req := &kmsg.FindCoordinatorRequest{Version: 4, CoordinatorType: keyType, CoordinatorKeys: []string{"tx"}}
 		for deadline := time.Now().Add(time.Minute); ; {
-			resp := admin.ask(t, &kmsg.FindCoordinatorRequest{Version: 4, CoordinatorType: keyType, CoordinatorKeys: []string{"tx"}})
-			code := resp.(*kmsg.FindCoordinatorResponse).Coordinators[0].ErrorCode
+			code := ask[*kmsg.FindCoordinatorResponse](t, admin, req).Coordinators[0].ErrorCode
 			if code == 0 {
 				break
 			}
@@ -218,11 +217,20 @@ func dial(t *testing.T, addr, user, password string) *conn {
 	c := &conn{Conn: raw, in: bufio.NewReader(raw)}
 	c.ask(t, &kmsg.SASLHandshakeRequest{Version: 1, Mechanism: "PLAIN"})
 	token := []byte("\x00" + user + "\x00" + password)
-	resp := c.ask(t, &kmsg.SASLAuthenticateRequest{Version: 0, SASLAuthBytes: token})
-	if code := resp.(*kmsg.SASLAuthenticateResponse).ErrorCode; code != 0 {
+	resp := ask[*kmsg.SASLAuthenticateResponse](t, c, &kmsg.SASLAuthenticateRequest{SASLAuthBytes: token})
+	if code := resp.ErrorCode; code != 0 {
 		t.Fatalf("log in as %s: error %d", user, code)
 	}
 	return c
+}
+
+func ask[R kmsg.Response](t *testing.T, c *conn, req kmsg.Request) R {
+	t.Helper()
+	resp, ok := c.ask(t, req).(R)
+	if !ok {
+		t.Fatalf("the answer to a %T is no %T", req, resp)
+	}
+	return resp
 }
 
 func (c *conn) ask(t *testing.T, req kmsg.Request) kmsg.Response {

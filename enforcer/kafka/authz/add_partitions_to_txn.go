@@ -5,8 +5,8 @@ import (
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
-// addPartitionsToTxn: TransactionalId Write and Topic Write. It is all or nothing: when one topic is refused, the others
-// get OPERATION_NOT_ATTEMPTED and the transaction stays as it was. Versions 4 and up are spoken between brokers only.
+// addPartitionsToTxn: TransactionalId Write and Topic Write. It is all or nothing: when one topic is refused, the
+// others get OPERATION_NOT_ATTEMPTED and the transaction stays as it was. Versions 4 and up are for brokers alone.
 func addPartitionsToTxn(c *Ctx, req *kmsg.AddPartitionsToTxnRequest) Verdict {
 	if !c.AllowTxn(req.TransactionalID, kmsg.ACLOperationWrite) {
 		return Verdict{Answer: Refuse(req, kerr.TransactionalIDAuthorizationFailed, "")}
@@ -20,7 +20,7 @@ func addPartitionsToTxn(c *Ctx, req *kmsg.AddPartitionsToTxnRequest) Verdict {
 	if !anyRefused {
 		return Verdict{}
 	}
-	answer := Refuse(req, kerr.OperationNotAttempted, "").(*kmsg.AddPartitionsToTxnResponse)
+	answer := as[*kmsg.AddPartitionsToTxnResponse](Refuse(req, kerr.OperationNotAttempted, ""))
 	for i := range answer.Topics {
 		for j := range answer.Topics[i].Partitions {
 			if refused[i] {

@@ -103,8 +103,9 @@ func (c *Ctx) Topic(id TopicID) (string, bool) {
 	name, ok := c.Topics.Name(id)
 	switch {
 	case ok:
-	case c.Resolved:
-		c.Checks = append(c.Checks, Check{Type: kmsg.ACLResourceTypeTopic, Name: "id " + base64.RawURLEncoding.EncodeToString(id[:])})
+	case c.Resolved || id == TopicID{}: // which Kafka gives to no topic
+		named := "id " + base64.RawURLEncoding.EncodeToString(id[:])
+		c.Checks = append(c.Checks, Check{Type: kmsg.ACLResourceTypeTopic, Name: named})
 	default:
 		c.Missing = append(c.Missing, id)
 	}
@@ -136,5 +137,5 @@ type API struct {
 
 // handle adapts a typed handler to the table.
 func handle[R kmsg.Request](f func(*Ctx, R) Verdict) func(*Ctx, kmsg.Request) Verdict {
-	return func(c *Ctx, req kmsg.Request) Verdict { return f(c, req.(R)) }
+	return func(c *Ctx, req kmsg.Request) Verdict { return f(c, as[R](req)) }
 }

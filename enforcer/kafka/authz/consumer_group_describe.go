@@ -18,7 +18,7 @@ func consumerGroupDescribe(c *Ctx, req *kmsg.ConsumerGroupDescribeRequest) Verdi
 	var refused []kmsg.ConsumerGroupDescribeResponseGroup
 	for _, o := range out {
 		part.Groups = o.entries
-		refused = append(refused, Refuse(&part, o.err, "").(*kmsg.ConsumerGroupDescribeResponse).Groups...)
+		refused = append(refused, as[*kmsg.ConsumerGroupDescribeResponse](Refuse(&part, o.err, "")).Groups...)
 	}
 	merge := func(c *Ctx, resp *kmsg.ConsumerGroupDescribeResponse) {
 		described := make(map[string]bool)
@@ -26,8 +26,8 @@ func consumerGroupDescribe(c *Ctx, req *kmsg.ConsumerGroupDescribeRequest) Verdi
 			group := &resp.Groups[i]
 			if !c.describesAssigned(group, described) {
 				part.Groups = []string{group.Group}
-				*group = Refuse(&part, kerr.TopicAuthorizationFailed, "The group has described topic(s) that the client is "+
-					"not authorized to describe.").(*kmsg.ConsumerGroupDescribeResponse).Groups[0]
+				*group = as[*kmsg.ConsumerGroupDescribeResponse](Refuse(&part, kerr.TopicAuthorizationFailed,
+					"The group has described topic(s) that the client is not authorized to describe.")).Groups[0]
 			}
 			c.limitGroupOperations(group.Group, &group.AuthorizedOperations)
 		}

@@ -17,7 +17,7 @@ func createPartitions(c *Ctx, req *kmsg.CreatePartitionsRequest) Verdict {
 	}
 	forward, part := *req, *req
 	forward.Topics, part.Topics = kept, out[0].entries
-	refused := Refuse(&part, out[0].err, "").(*kmsg.CreatePartitionsResponse).Topics
+	refused := as[*kmsg.CreatePartitionsResponse](Refuse(&part, out[0].err, "")).Topics
 	return partly(c, &forward, len(kept), func(_ *Ctx, resp *kmsg.CreatePartitionsResponse) {
 		resp.Topics = slices.Concat(refused, resp.Topics)
 	})

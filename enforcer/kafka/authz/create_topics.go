@@ -23,7 +23,7 @@ func createTopics(c *Ctx, req *kmsg.CreateTopicsRequest) Verdict {
 	case len(out) > 0:
 		forward, part := *req, *req
 		forward.Topics, part.Topics = kept, out[0].entries
-		refused := Refuse(&part, out[0].err, "Authorization failed.").(*kmsg.CreateTopicsResponse).Topics
+		refused := as[*kmsg.CreateTopicsResponse](Refuse(&part, out[0].err, "Authorization failed.")).Topics
 		return partly(c, &forward, len(kept), func(c *Ctx, resp *kmsg.CreateTopicsResponse) {
 			hide(c, resp)
 			resp.Topics = append(resp.Topics, refused...)

@@ -1,6 +1,7 @@
 package authz
 
 import (
+	"fmt"
 	"slices"
 
 	"github.com/twmb/franz-go/pkg/kerr"
@@ -15,10 +16,19 @@ const (
 	topicAuthorizationFailed   = "Topic authorization failed."
 	groupAuthorizationFailed   = "Group authorization failed."
 	clusterAuthorizationFailed = "Cluster authorization failed."
-	invalidRequest             = "This most likely occurs because of a request being malformed by the client library or the " +
-		"message was sent to an incompatible broker. See the broker logs for more details."
+	invalidRequest             = "This most likely occurs because of a request being malformed by the client library or " +
+		"the message was sent to an incompatible broker. See the broker logs for more details."
 	unknownTopicID = "This server does not host this topic ID."
 )
+
+// as is the message as the type kmsg has for its key and direction; any other is a mistake in the table.
+func as[M any](message any) M {
+	m, ok := message.(M)
+	if !ok {
+		panic(fmt.Sprintf("authz: a %T where a %T belongs", message, m))
+	}
+	return m
+}
 
 // either answers for what two rights give alike, and records the one that decided: a clean allow before one that only
 // observe mode lets pass, and the second when both refuse.

@@ -18,7 +18,7 @@ func deleteGroups(c *Ctx, req *kmsg.DeleteGroupsRequest) Verdict {
 	var refused []kmsg.DeleteGroupsResponseGroup
 	for _, o := range out {
 		part.Groups = o.entries
-		refused = append(refused, Refuse(&part, o.err, "").(*kmsg.DeleteGroupsResponse).Groups...)
+		refused = append(refused, as[*kmsg.DeleteGroupsResponse](Refuse(&part, o.err, "")).Groups...)
 	}
 	return partly(c, &forward, len(kept), func(_ *Ctx, resp *kmsg.DeleteGroupsResponse) {
 		resp.Groups = append(resp.Groups, refused...)

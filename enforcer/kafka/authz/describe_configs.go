@@ -33,23 +33,31 @@ func describeConfigs(c *Ctx, req *kmsg.DescribeConfigsRequest) Verdict {
 	for _, o := range out {
 		part.Resources = o.entries
 		msg := configRights[o.entries[0].ResourceType].msg
-		refused = append(refused, Refuse(&part, o.err, msg).(*kmsg.DescribeConfigsResponse).Resources...)
+		refused = append(refused, as[*kmsg.DescribeConfigsResponse](Refuse(&part, o.err, msg)).Resources...)
 	}
 	return partly(c, &forward, len(kept), func(_ *Ctx, resp *kmsg.DescribeConfigsResponse) {
 		resp.Resources = append(resp.Resources, refused...)
 	})
 }
 
-// configRights is the resource whose DescribeConfigs opens a kind of config. The numbers of config resources are not
-// those of ACL resources.
-var configRights = map[kmsg.ConfigResourceType]struct {
+// configRight is the resource whose DescribeConfigs opens a kind of config, and the refusal.
+type configRight struct {
 	resource kmsg.ACLResourceType
 	err      *kerr.Error
 	msg      string
-}{
-	kmsg.ConfigResourceTypeTopic:         {kmsg.ACLResourceTypeTopic, kerr.TopicAuthorizationFailed, topicAuthorizationFailed},
-	kmsg.ConfigResourceTypeGroupConfig:   {kmsg.ACLResourceTypeGroup, kerr.GroupAuthorizationFailed, groupAuthorizationFailed},
-	kmsg.ConfigResourceTypeBroker:        {kmsg.ACLResourceTypeCluster, kerr.ClusterAuthorizationFailed, clusterAuthorizationFailed},
-	kmsg.ConfigResourceTypeBrokerLogger:  {kmsg.ACLResourceTypeCluster, kerr.ClusterAuthorizationFailed, clusterAuthorizationFailed},
-	kmsg.ConfigResourceTypeClientMetrics: {kmsg.ACLResourceTypeCluster, kerr.ClusterAuthorizationFailed, clusterAuthorizationFailed},
+}
+
+var (
+	configOfTopic   = configRight{kmsg.ACLResourceTypeTopic, kerr.TopicAuthorizationFailed, topicAuthorizationFailed}
+	configOfGroup   = configRight{kmsg.ACLResourceTypeGroup, kerr.GroupAuthorizationFailed, groupAuthorizationFailed}
+	configOfCluster = configRight{kmsg.ACLResourceTypeCluster, kerr.ClusterAuthorizationFailed, clusterAuthorizationFailed}
+)
+
+// configRights: the numbers of config resources are not those of ACL resources.
+var configRights = map[kmsg.ConfigResourceType]configRight{
+	kmsg.ConfigResourceTypeTopic:         configOfTopic,
+	kmsg.ConfigResourceTypeGroupConfig:   configOfGroup,
+	kmsg.ConfigResourceTypeBroker:        configOfCluster,
+	kmsg.ConfigResourceTypeBrokerLogger:  configOfCluster,
+	kmsg.ConfigResourceTypeClientMetrics: configOfCluster,
 }

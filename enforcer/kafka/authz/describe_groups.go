@@ -18,7 +18,7 @@ func describeGroups(c *Ctx, req *kmsg.DescribeGroupsRequest) Verdict {
 	var refused []kmsg.DescribeGroupsResponseGroup
 	for _, o := range out {
 		part.Groups = o.entries
-		refused = append(refused, Refuse(&part, o.err, "").(*kmsg.DescribeGroupsResponse).Groups...)
+		refused = append(refused, as[*kmsg.DescribeGroupsResponse](Refuse(&part, o.err, "")).Groups...)
 	}
 	merge := func(c *Ctx, resp *kmsg.DescribeGroupsResponse) {
 		for i := range resp.Groups {

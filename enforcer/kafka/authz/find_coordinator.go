@@ -26,6 +26,9 @@ func findCoordinator(c *Ctx, req *kmsg.FindCoordinatorRequest) Verdict {
 	ours := make([]*kmsg.FindCoordinatorResponseCoordinator, len(req.CoordinatorKeys))
 	for i, key := range req.CoordinatorKeys {
 		if err := c.judgeCoordinator(req, key); err != nil {
+			if err == kerr.InvalidRequest { // of the whole request, whatever the key
+				return Verdict{Answer: Refuse(req, err, invalidRequest)}
+			}
 			ours[i] = &kmsg.FindCoordinatorResponseCoordinator{
 				Key: key, NodeID: -1, Port: -1, ErrorCode: err.Code, ErrorMessage: new(string),
 			}

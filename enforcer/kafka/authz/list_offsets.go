@@ -18,7 +18,7 @@ func listOffsets(c *Ctx, req *kmsg.ListOffsetsRequest) Verdict {
 	var refused []kmsg.ListOffsetsResponseTopic
 	for _, o := range out {
 		part.Topics = o.entries
-		refused = append(refused, Refuse(&part, o.err, "").(*kmsg.ListOffsetsResponse).Topics...)
+		refused = append(refused, as[*kmsg.ListOffsetsResponse](Refuse(&part, o.err, "")).Topics...)
 	}
 	return partly(c, &forward, len(kept), func(_ *Ctx, resp *kmsg.ListOffsetsResponse) {
 		resp.Topics = append(resp.Topics, refused...)

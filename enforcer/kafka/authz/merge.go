@@ -17,7 +17,7 @@ func (c *Ctx) judgeGroup(name string, op kmsg.ACLOperation) *kerr.Error {
 // adds the refusals to its answer; to an empty answer of our own when no entry is left to ask for.
 func partly[R kmsg.Response](c *Ctx, reduced kmsg.Request, left int, merge func(*Ctx, R)) Verdict {
 	if left == 0 {
-		resp := reduced.ResponseKind().(R)
+		resp := as[R](reduced.ResponseKind())
 		merge(c, resp)
 		return Verdict{Answer: resp}
 	}
@@ -26,7 +26,7 @@ func partly[R kmsg.Response](c *Ctx, reduced kmsg.Request, left int, merge func(
 
 // edit adapts a typed edit of the broker's answer to a verdict.
 func edit[R kmsg.Response](f func(*Ctx, R)) func(*Ctx, kmsg.Response) {
-	return func(c *Ctx, broker kmsg.Response) { f(c, broker.(R)) }
+	return func(c *Ctx, broker kmsg.Response) { f(c, as[R](broker)) }
 }
 
 // weave puts our answers between the broker's, in the order the client asked. ours has an element for each entry of

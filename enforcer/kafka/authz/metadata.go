@@ -36,7 +36,7 @@ func metadata(c *Ctx, req *kmsg.MetadataRequest) Verdict {
 	var refused []kmsg.MetadataResponseTopic
 	for _, o := range out {
 		part.Topics = o.entries
-		refused = append(refused, Refuse(&part, o.err, "").(*kmsg.MetadataResponse).Topics...)
+		refused = append(refused, as[*kmsg.MetadataResponse](Refuse(&part, o.err, "")).Topics...)
 	}
 
 	noCreate := c.noCreate(req, kept)

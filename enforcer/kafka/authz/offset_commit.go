@@ -24,7 +24,7 @@ func offsetCommit(c *Ctx, req *kmsg.OffsetCommitRequest) Verdict {
 	var refused []kmsg.OffsetCommitResponseTopic
 	for _, o := range out {
 		part.Topics = o.entries
-		refused = append(refused, Refuse(&part, o.err, "").(*kmsg.OffsetCommitResponse).Topics...)
+		refused = append(refused, as[*kmsg.OffsetCommitResponse](Refuse(&part, o.err, "")).Topics...)
 	}
 	return partly(c, &forward, len(kept), func(_ *Ctx, resp *kmsg.OffsetCommitResponse) {
 		resp.Topics = slices.Concat(refused, resp.Topics)

@@ -24,7 +24,7 @@ func offsetForLeaderEpoch(c *Ctx, req *kmsg.OffsetForLeaderEpochRequest) Verdict
 	var refused []kmsg.OffsetForLeaderEpochResponseTopic
 	for _, o := range out {
 		part.Topics = o.entries
-		refused = append(refused, Refuse(&part, o.err, "").(*kmsg.OffsetForLeaderEpochResponse).Topics...)
+		refused = append(refused, as[*kmsg.OffsetForLeaderEpochResponse](Refuse(&part, o.err, "")).Topics...)
 	}
 	return partly(c, &forward, len(kept), func(_ *Ctx, resp *kmsg.OffsetForLeaderEpochResponse) {
 		resp.Topics = append(resp.Topics, refused...)

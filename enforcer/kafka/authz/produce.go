@@ -29,7 +29,7 @@ func produce(c *Ctx, req *kmsg.ProduceRequest) Verdict {
 	var refused []kmsg.ProduceResponseTopic
 	for _, o := range out {
 		part.Topics = o.entries
-		refused = append(refused, Refuse(&part, o.err, "").(*kmsg.ProduceResponse).Topics...)
+		refused = append(refused, as[*kmsg.ProduceResponse](Refuse(&part, o.err, "")).Topics...)
 	}
 	return partly(c, &forward, len(kept), func(_ *Ctx, resp *kmsg.ProduceResponse) {
 		resp.Topics = append(resp.Topics, refused...)

@@ -136,10 +136,17 @@ func (r *refuser) set(v reflect.Value) bool {
 	return true
 }
 
-// fits writes the error into the top level and tells whether the response's version carries it there.
+// fits writes the error into the top level if the response's version carries it there.
 func (r *refuser) fits(top reflect.Value, resp kmsg.Response) bool {
 	without := resp.AppendTo(nil)
-	return r.set(top) && !bytes.Equal(resp.AppendTo(nil), without)
+	if !r.set(top) {
+		return false
+	}
+	if bytes.Equal(resp.AppendTo(nil), without) {
+		(&refuser{}).set(top)
+		return false
+	}
+	return true
 }
 
 // lists answers every entry the request has with the error. Below an entry that carries it, nothing is said.

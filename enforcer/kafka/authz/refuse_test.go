@@ -171,6 +171,7 @@ func hasCode(v reflect.Value, code int16) bool {
 				return true
 			}
 		}
+	default:
 	}
 	return false
 }

@@ -26,7 +26,7 @@ func txnOffsetCommit(c *Ctx, req *kmsg.TxnOffsetCommitRequest) Verdict {
 	var refused []kmsg.TxnOffsetCommitResponseTopic
 	for _, o := range out {
 		part.Topics = o.entries
-		refused = append(refused, Refuse(&part, o.err, "").(*kmsg.TxnOffsetCommitResponse).Topics...)
+		refused = append(refused, as[*kmsg.TxnOffsetCommitResponse](Refuse(&part, o.err, "")).Topics...)
 	}
 	return partly(c, &forward, len(kept), func(_ *Ctx, resp *kmsg.TxnOffsetCommitResponse) {
 		resp.Topics = slices.Concat(refused, resp.Topics)

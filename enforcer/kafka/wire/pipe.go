@@ -2,11 +2,24 @@
 package wire
 
 import (
+	"errors"
+	"fmt"
 	"io"
 	"net"
+	"os"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
+)
+
+// ErrStalled ends a connection that holds memory for a frame whose rest does not come.
+var ErrStalled = errors.New("the rest of a frame did not come in time")
+
+// A frame that is held whole must arrive within stallTimeout and what it takes at stallRate bytes a second.
+const (
+	stallTimeout = 30 * time.Second
+	stallRate    = 256 << 10
 )
 
 // Pipe is one direction of a connection. Bytes are read into one buffer, judged there, and written from there: Pass,
@@ -53,6 +66,22 @@ func (p *Pipe) Buffered() int { return p.w - p.r }
 // Need returns the next n bytes in place, after reading as much as that takes. What was judged before is written first
 // when it has to read. The bytes are valid until the next Need. io.EOF means the source ended between two frames.
 func (p *Pipe) Need(n int) ([]byte, error) {
+	if d, ok := p.src.(deadliner); ok && n > BaseBuffer && p.w-p.r < n {
+		if err := d.SetReadDeadline(time.Now().Add(stallTimeout + time.Duration(n)*time.Second/stallRate)); err != nil {
+			return nil, err
+		}
+		b, err := p.need(n)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return nil, fmt.Errorf("%w: %d of %d bytes", ErrStalled, p.w-p.r, n)
+		}
+		return b, errors.Join(err, d.SetReadDeadline(time.Time{}))
+	}
+	return p.need(n)
+}
+
+type deadliner interface{ SetReadDeadline(time.Time) error }
+
+func (p *Pipe) need(n int) ([]byte, error) {
 	for p.w-p.r < n {
 		if err := p.Flush(); err != nil {
 			return nil, err
@@ -146,14 +175,15 @@ func (p *Pipe) room(n int) error {
 		}
 		return nil
 	}
+	// The old share is given back first: who holds one while he waits for more may wait for himself.
 	old, r, w := p.buf, p.r, p.w
-	share := p.share
+	p.budget.Release(p.share)
+	p.share = 0
 	if err := p.take(n); err != nil {
 		return err
 	}
 	p.r, p.w = 0, copy(*p.buf, (*old)[r:w])
 	putBuffer(old)
-	p.budget.Release(share)
 	return nil
 }
 

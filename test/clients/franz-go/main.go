@@ -17,8 +17,8 @@ import (
 )
 
 func main() {
-	run := map[string]func([]string) error{"produce": produce, "consume": consume, "list": list}[os.Args[1]]
-	if err := run(os.Args[2:]); err != nil {
+	operations := map[string]func([]string) error{"produce": produce, "consume": consume, "list": list}
+	if err := operations[os.Args[1]](os.Args[2:]); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
