@@ -68,6 +68,7 @@ type Conn struct {
 	Client
 	Downstream, Upstream net.Conn
 	Kafka                kafka.Cluster
+	AutoCreate           bool // the cluster's brokers create topics a Metadata request names (auto.create.topics.enable)
 }
 
 // Serve enforces policy on a connection until it ends, and closes both its sides.
@@ -89,7 +90,7 @@ func (e *Enforcer) Serve(ctx context.Context, c Conn) error {
 		subject.Host = host.AddrPort().Addr().Unmap() // what the broker sees, and would have seen without us
 	}
 	err := kafka.Serve(ctx, &e.kafka, kafka.Conn{Client: c.Downstream, Broker: c.Upstream, Cluster: c.Kafka,
-		Policy: subject, Audit: e.audit, Subject: c.subject()})
+		AutoCreate: c.AutoCreate, Policy: subject, Audit: e.audit, Subject: c.subject()})
 	line := trail.Line("connection", audit.Allow).Str("state", "closed").Dur("duration_ms", time.Since(started))
 	if err != nil {
 		line = line.Str("error", err.Error())

@@ -70,6 +70,8 @@ type Cluster struct {
 	client *kgo.Client
 	known  atomic.Pointer[brokers] // replaced whole
 
+	autoCreate atomic.Pointer[bool] // nil until a broker has told
+
 	ctx  context.Context // ends with Close
 	stop context.CancelFunc
 	done sync.WaitGroup
@@ -273,6 +275,34 @@ func (c *Cluster) look() error {
 	slices.Sort(next.advertised)
 	c.resolveNames(ctx, &next)
 	c.publish(next)
+	c.autoCreate.CompareAndSwap(nil, askAutoCreate(ctx, c.client, m.Brokers[0].NodeID))
+	return nil
+}
+
+// AutoCreate tells whether the brokers create topics that a Metadata request names. It is Kafka's default, and assumed
+// where the node's own client may not ask.
+func (c *Cluster) AutoCreate() bool {
+	v := c.autoCreate.Load()
+	return v == nil || *v
+}
+
+// askAutoCreate reads a broker's auto.create.topics.enable; nil where it does not tell.
+func askAutoCreate(ctx context.Context, client *kgo.Client, broker int32) *bool {
+	res := kmsg.NewDescribeConfigsRequestResource()
+	res.ResourceType, res.ResourceName = kmsg.ConfigResourceTypeBroker, strconv.Itoa(int(broker))
+	res.ConfigNames = []string{"auto.create.topics.enable"}
+	req := kmsg.NewPtrDescribeConfigsRequest()
+	req.Resources = append(req.Resources, res)
+	resp, err := req.RequestWith(ctx, client)
+	if err != nil || len(resp.Resources) != 1 {
+		return nil
+	}
+	for _, c := range resp.Resources[0].Configs {
+		if c.Name == res.ConfigNames[0] && c.Value != nil {
+			enabled := *c.Value == "true"
+			return &enabled
+		}
+	}
 	return nil
 }
 

@@ -253,7 +253,8 @@ func (n *Node) serve(ctx context.Context, conn net.Conn, r bpf.Record) {
 		refuse(audit.BrokerUnreachable, err)
 		return
 	}
-	err = n.enforcer.Serve(ctx, enforcer.Conn{Client: client, Downstream: conn, Upstream: broker, Kafka: destination})
+	err = n.enforcer.Serve(ctx, enforcer.Conn{Client: client, Downstream: conn, Upstream: broker,
+		Kafka: destination, AutoCreate: destination.AutoCreate()})
 	if err != nil {
 		n.log.Debug().Err(err).Str("conn", client.ID).Msg("connection ended")
 	}

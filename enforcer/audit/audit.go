@@ -52,9 +52,12 @@ type Subject struct {
 type Trail struct {
 	log *Log
 	zl  zerolog.Logger
-	buf []byte
+	buf *[]byte // nil while there are no lines: an idle connection keeps nothing
 	err error
 }
+
+// buffers hold the lines of a burst.
+var buffers = sync.Pool{New: func() any { return new([]byte) }}
 
 // maxPending is how many bytes of lines a trail holds before it writes on its own.
 const maxPending = 64 << 10
@@ -107,8 +110,11 @@ func (t *Trail) Line(event string, v Verdict) *zerolog.Event {
 
 // Write takes a line from zerolog.
 func (t *Trail) Write(line []byte) (int, error) {
-	t.buf = append(t.buf, line...)
-	if len(t.buf) >= maxPending {
+	if t.buf == nil {
+		t.buf = buffers.Get().(*[]byte)
+	}
+	*t.buf = append(*t.buf, line...)
+	if len(*t.buf) >= maxPending {
 		t.flush()
 	}
 	return len(line), t.err
@@ -117,7 +123,7 @@ func (t *Trail) Write(line []byte) (int, error) {
 // Flush writes the collected lines. An error means that they may not be on record, and what they tell of must not
 // happen.
 func (t *Trail) Flush() error {
-	if len(t.buf) > 0 {
+	if t.buf != nil {
 		t.flush()
 	}
 	err := t.err
@@ -127,15 +133,14 @@ func (t *Trail) Flush() error {
 
 func (t *Trail) flush() {
 	t.log.mu.Lock()
-	_, err := t.log.w.Write(t.buf)
+	_, err := t.log.w.Write(*t.buf)
 	t.log.mu.Unlock()
 	if err != nil {
 		t.err = fmt.Errorf("writing the audit: %w", err)
 	}
-	if cap(t.buf) > 4<<10 {
-		t.buf = nil // an idle connection keeps little
-	}
-	t.buf = t.buf[:0]
+	*t.buf = (*t.buf)[:0]
+	buffers.Put(t.buf)
+	t.buf = nil
 }
 
 // Verdict is how an operation was decided.

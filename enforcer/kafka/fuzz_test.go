@@ -169,40 +169,40 @@ func FuzzFetchAnswer(f *testing.F) {
 		f.Add(version, fetchAnswer(version, "orders", records[:len(records)-3]).AppendTo(nil))
 		f.Add(version, fetchAnswer(version, "secret", records).AppendTo(nil))
 	}
+	s := idle(f)
 	f.Fuzz(func(t *testing.T, version int16, body []byte) {
 		if version < authz.Table[kmsg.Fetch].Min || version > authz.Table[kmsg.Fetch].Max {
 			return
 		}
-		s := idle(t)
 		lines := new(auditLines)
 		s.downTrail = newTrail(lines)
 		p := &pending{Header: wire.Header{Key: int16(kmsg.Fetch), Version: version}, kind: fetched, view: s.view()}
 		held := s.auditFetch(p, body)
+		if err := s.downTrail.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		s.downTrail = newTrail(new(auditLines))
 
-		streamed := idle(t)
 		frame := wire.AppendResponse(nil, 1, kmsg.NewPtrHeartbeatResponse())[:wire.SizePrefix+4]
 		if wire.Flexible(p.Key, p.Version) {
 			frame = append(frame, 0)
 		}
 		frame = append(frame, body...)
 		var out bytes.Buffer
-		streamed.down = wire.NewPipe(bytes.NewReader(frame), &out, s.Answers, nil, nil)
-		if err := streamed.streamFetch(p, len(frame)); (err == nil) != (held == nil) {
+		s.down = wire.NewPipe(bytes.NewReader(frame), &out, s.Answers, nil, nil)
+		if err := s.streamFetch(p, len(frame)); (err == nil) != (held == nil) {
 			t.Fatalf("held: %v, streamed: %v", held, err)
 		}
 		if held != nil {
 			return
 		}
-		if err := streamed.down.Flush(); err != nil || !bytes.Equal(out.Bytes(), frame) {
+		if err := s.down.Flush(); err != nil || !bytes.Equal(out.Bytes(), frame) {
 			t.Errorf("streamed: %v, %d bytes of %d", err, out.Len(), len(frame))
 		}
 		resp := kmsg.NewPtrFetchResponse()
 		resp.Version = version
 		if resp.ReadFrom(body) != nil {
 			return // a client does not take it either
-		}
-		if err := s.downTrail.Flush(); err != nil {
-			t.Fatal(err)
 		}
 		got := 0
 		for _, l := range lines.lines(t) {

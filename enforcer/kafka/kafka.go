@@ -36,6 +36,7 @@ type Shared struct {
 type Conn struct {
 	Client, Broker net.Conn
 	Cluster        Cluster
+	AutoCreate     bool           // see authz.Ctx
 	Policy         policy.Subject // its Principal is set by the session, once the broker accepted one
 	Audit          *audit.Log
 	Subject        audit.Subject

@@ -278,7 +278,9 @@ func (a *auditLines) Write(b []byte) (int, error) {
 	return a.text.Write(b)
 }
 
-func newTrail(lines *auditLines) *audit.Trail { return audit.New(lines, "node-1").Trail(audit.Subject{}) }
+func newTrail(lines *auditLines) *audit.Trail {
+	return audit.New(lines, "node-1").Trail(audit.Subject{})
+}
 
 type auditLine struct {
 	Event, Verdict, Reason, Error, API, Topic, Outcome, Rule string

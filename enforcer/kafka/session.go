@@ -22,8 +22,8 @@ import (
 const (
 	maxInFlight    = 256              // answers owed to one client; more wait in its socket (Kafka clients: 5 to 1000)
 	resolveTimeout = 5 * time.Second  // for looking topic ids up
-	decodedRequest = 32               // memory of a decoded request, in multiples of its bytes, at the worst
-	decodedAnswer  = 8                // the same of an answer; brokers are not out to exhaust us
+	handledRequest = 2                // times its decoded size: itself, and the part or the answer a verdict makes of it
+	copiedRequest  = 3                // times its bytes: the copy, its encoding to compare, what is sent instead
 	drainTimeout   = 10 * time.Second // for the answers that are owed when one side has ended
 )
 
@@ -277,7 +277,11 @@ func (s *session) request(frame []byte, h wire.Header) error {
 // decide is the way of every request that is not decided in place: decode, ask the handler, act on its verdict.
 func (s *session) decide(e *wire.Entry[pending], frame []byte, view *policy.View) error {
 	h := e.V.Header
-	if weight := int64(len(frame)) * decodedRequest; len(frame) > wire.BaseBuffer {
+	weight, err := wire.CheckRequest(h.Key, h.Version, frame[wire.SizePrefix+h.Len:])
+	if err != nil {
+		return &Error{audit.Undecodable, err}
+	}
+	if weight = weight*handledRequest + int64(len(frame))*copiedRequest; weight > wire.BaseBuffer {
 		if err := s.Requests.Acquire(weight); err != nil {
 			return &Error{audit.OutOfMemory, err}
 		}
@@ -290,7 +294,7 @@ func (s *session) decide(e *wire.Entry[pending], frame []byte, view *policy.View
 	if err := req.ReadFrom(body); err != nil {
 		return refuse(audit.Undecodable, "%s v%d of %d bytes: %w", apiName(h.Key), h.Version, len(body), err)
 	}
-	ctx := &authz.Ctx{View: view, Topics: s.conn.Cluster, Fetch: s.fetchSes}
+	ctx := &authz.Ctx{View: view, Topics: s.conn.Cluster, Fetch: s.fetchSes, AutoCreate: s.conn.AutoCreate}
 	v := authz.Table[h.Key].Decide(ctx, req)
 	if len(ctx.Missing) > 0 {
 		if err := s.up.Flush(); err != nil {
@@ -525,12 +529,6 @@ func (s *session) edit(p *pending, frame []byte) ([]byte, error) {
 
 // decode reads a whole answer; what it says of topic ids is taken up.
 func (s *session) decode(p *pending, frame []byte) (kmsg.Response, error) {
-	if weight := int64(len(frame)) * decodedAnswer; len(frame) > wire.BaseBuffer {
-		if err := s.Answers.Acquire(weight); err != nil {
-			return nil, &Error{audit.OutOfMemory, err}
-		}
-		defer s.Answers.Release(weight)
-	}
 	c := wire.Cursor{B: frame, Off: wire.SizePrefix + 4, Flex: wire.ResponseHeaderLen(p.Key, p.Version) > wire.SizePrefix+4}
 	c.SkipTags()
 	req := kmsg.RequestForKey(p.Key)
@@ -538,6 +536,16 @@ func (s *session) decode(p *pending, frame []byte) (kmsg.Response, error) {
 	resp := req.ResponseKind()
 	if c.Bad {
 		return nil, refuse(audit.BadAnswer, "%s v%d: no response header", apiName(p.Key), p.Version)
+	}
+	weight, err := wire.CheckResponse(p.Key, p.Version, frame[c.Off:])
+	if err != nil {
+		return nil, &Error{audit.BadAnswer, err}
+	}
+	if weight += int64(len(frame)); weight > wire.BaseBuffer {
+		if err := s.Answers.Acquire(weight); err != nil {
+			return nil, &Error{audit.OutOfMemory, err}
+		}
+		defer s.Answers.Release(weight)
 	}
 	if err := resp.ReadFrom(frame[c.Off:]); err != nil {
 		return nil, refuse(audit.BadAnswer, "%s v%d of %d bytes: %w", apiName(p.Key), p.Version, len(frame), err)

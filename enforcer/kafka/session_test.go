@@ -209,6 +209,12 @@ func TestWhatIsNoKafkaIsRefusedAndReachesNoBroker(t *testing.T) {
 		return b
 	}
 
+	heartbeat := kmsg.NewPtrHeartbeatRequest()
+	heartbeat.Version = 4
+	manyTags := requestFrame(1, heartbeat)
+	manyTags = append(manyTags[:len(manyTags)-1], 0xff, 0xff, 0xff, 0xff, 0x0f)
+	binary.BigEndian.PutUint32(manyTags, uint32(len(manyTags)-wire.SizePrefix))
+
 	for name, c := range map[string]struct {
 		bytes  []byte
 		reason audit.Reason
@@ -225,6 +231,7 @@ func TestWhatIsNoKafkaIsRefusedAndReachesNoBroker(t *testing.T) {
 		"a negative API key":           {negativeKey, audit.BadFrame},
 		"a header longer than a frame": {cut(12), audit.BadFrame},
 		"a body that does not parse":   {cut(16), audit.Undecodable},
+		"4 billion tagged fields":      {manyTags, audit.Undecodable},
 	} {
 		t.Run(name, func(t *testing.T) {
 			rig := newRig(t, ordersOnly)
@@ -457,7 +464,7 @@ func TestALargeFrameGivesItsMemoryBack(t *testing.T) {
 // A client that does not read must stop the broker, and a broker that does not read must stop the client: what fits in
 // between is the sockets' buffers and ours.
 func TestASlowReaderStopsTheWriter(t *testing.T) {
-	const much, little = 256 << 20, 32 << 20
+	const much, little = 1 << 30, 128 << 20
 	write := func(p *peer, b []byte) (n int64) {
 		if err := p.SetWriteDeadline(time.Now().Add(time.Second)); err != nil {
 			t.Fatal(err)

@@ -100,17 +100,6 @@ func steadyCases() map[string][2][]byte {
 	return cases
 }
 
-func TestTheSteadyStateAllocatesNothing(t *testing.T) {
-	for name, c := range steadyCases() {
-		t.Run(name, func(t *testing.T) {
-			s := newSteady(t, ordersOnly, c[0], c[1])
-			if n := testing.AllocsPerRun(200, func() { s.once(t) }); n != 0 {
-				t.Errorf("%v allocations per request", n)
-			}
-		})
-	}
-}
-
 func BenchmarkSession(b *testing.B) {
 	for name, c := range steadyCases() {
 		b.Run(name, func(b *testing.B) {

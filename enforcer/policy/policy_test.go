@@ -477,3 +477,30 @@ func FuzzParse(f *testing.F) {
 		}
 	})
 }
+
+func TestEveryResourceIsAllowedWhereNoNameIsRefused(t *testing.T) {
+	for name, c := range map[string]struct{ allow, deny, rule string }{
+		"all":                              {`{topic: "*", operations: [Read]}`, ``, "allows"},
+		"a prefix":                         {`{topic: "a*", operations: [Read]}`, ``, ""},
+		"all but one":                      {`{topic: "*", operations: [Read]}`, `{topic: a, operations: [Read]}`, "denies"},
+		"all but a prefix":                 {`{topic: "*", operations: [Read]}`, `{topic: "a*", operations: [All]}`, "denies"},
+		"all, and something else refused":  {`{topic: "*", operations: [Read]}`, `{topic: a, operations: [Write]}`, "allows"},
+		"all of another operation":         {`{topic: "*", operations: [Write]}`, ``, ""},
+		"all groups":                       {`{group: "*", operations: [Read]}`, ``, ""},
+		"all, as implied by what is given": {`{topic: "*", operations: [All]}`, ``, "allows"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			rules := `apiVersion: klamm/v1
+rules:
+- {name: allows, principals: ["*"], allow: [` + c.allow + `]}
+- {name: denies, principals: ["*"], deny: [` + c.deny + `], allow: [{topic: b, operations: [Read]}]}`
+			got := New(mustParse(t, "f", rules)).For(Subject{Principal: "User:a"}).DecideAll(topic, read)
+			if want := (Decision{Allowed: c.rule == "allows", Rule: c.rule}); got != want {
+				t.Errorf("got %+v, want %+v", got, want)
+			}
+		})
+	}
+	if d := (*View)(nil).DecideAll(topic, read); d != (Decision{}) {
+		t.Errorf("no view decides %+v", d)
+	}
+}

@@ -55,6 +55,25 @@ func (v *View) DecideAny(t kmsg.ACLResourceType, op kmsg.ACLOperation) Decision 
 	return v.decisions[tree.any[op]]
 }
 
+// DecideAll tells whether op is allowed on every resource of the type, those that do not exist yet included. Where it is
+// not, the decision is that of one that is refused.
+func (v *View) DecideAll(t kmsg.ACLResourceType, op kmsg.ACLOperation) Decision {
+	tree := v.tree(t, op)
+	if tree == nil {
+		return Decision{}
+	}
+	worst := v.decisions[tree.rows[tree.nodes[0].beyond][op]]
+	for i := range tree.rows {
+		switch d := v.decisions[tree.rows[i][op]]; {
+		case !d.Allowed:
+			return d
+		case d.WouldDeny:
+			worst = d
+		}
+	}
+	return worst
+}
+
 // tree is nil where there is nothing to look up.
 func (v *View) tree(t kmsg.ACLResourceType, op kmsg.ACLOperation) *tree {
 	if v == nil || !concrete(t, op) || v.trees[t].nodes == nil {

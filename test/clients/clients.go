@@ -148,18 +148,19 @@ func setup(name string) func(context.Context, *rig) error {
 	return func(ctx context.Context, _ *rig) error { return install(ctx, name) }
 }
 
-// javaTools stages Kafka's Java tools, with an archive of their classes: more than forty of them are started.
-func javaTools(ctx context.Context, r *rig) error {
-	return r.once("tools", func(to string) error {
-		from, err := kafka.ToolsDir()
-		if err != nil {
-			return err
-		}
-		if err := os.CopyFS(to, os.DirFS(from)); err != nil {
-			return err
-		}
-		return kafka.ArchiveTool(ctx, to, kafka.TopicCommand, "--bootstrap-server", r.brokers(), "--list")
-	})
+func javaTools(_ context.Context, r *rig) error { return r.tools() }
+
+// stageTools stages Kafka's Java tools, with an archive of their classes: more than forty of them are started.
+func (r *rig) stageTools(ctx context.Context) error {
+	from, err := kafka.ToolsDir()
+	if err != nil {
+		return err
+	}
+	to := filepath.Join(r.stage, "tools")
+	if err := os.CopyFS(to, os.DirFS(from)); err != nil {
+		return err
+	}
+	return kafka.ArchiveTool(ctx, to, kafka.TopicCommand, "--bootstrap-server", r.brokers(), "--list")
 }
 
 // goProgram returns what builds one of the programs beside this file, each a module of its own.

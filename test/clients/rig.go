@@ -48,11 +48,12 @@ type rig struct {
 	redirected *cgroup
 	direct     *cgroup
 	meters     map[string]*meter // by path
-	staged     sync.Map
+	tools      func() error      // stages Kafka's Java tools, once
 }
 
 func newRig(ctx context.Context, direct, mutate bool) (_ *rig, err error) {
 	r := &rig{meters: map[string]*meter{}}
+	r.tools = sync.OnceValue(func() error { return r.stageTools(ctx) })
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, r.close())
@@ -257,13 +258,6 @@ func poll(ctx context.Context, done func() (bool, error)) error {
 		case <-tick.C:
 		}
 	}
-}
-
-// once fills a directory of the stage with fill, for the first of those who ask.
-func (r *rig) once(name string, fill func(to string) error) error {
-	first := sync.OnceValue(func() error { return fill(filepath.Join(r.stage, name)) })
-	fillOnce, _ := r.staged.LoadOrStore(name, first)
-	return fillOnce.(func() error)() //nolint:errcheck,forcetypeassert // only this function stores
 }
 
 // call is one call of a client.

@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
+	"time"
 )
 
 // NewCgroup makes a cgroup at the root of cgroup2, on hybrid hosts too, and the named ones below it. It takes root.
@@ -40,6 +42,9 @@ func cgroup2() (string, error) {
 	return "", errors.New("cgroup2 is not mounted: mount -t cgroup2 none /sys/fs/cgroup/unified")
 }
 
+// busyTimeout bounds the wait for the kernel to let go of a process that was waited for.
+const busyTimeout = 5 * time.Second
+
 // RemoveCgroup removes a cgroup and all below it. Their processes have ended.
 func RemoveCgroup(dir string) error {
 	var all []string
@@ -50,7 +55,16 @@ func RemoveCgroup(dir string) error {
 		return err
 	})
 	for _, path := range slices.Backward(all) {
-		err = errors.Join(err, os.Remove(path))
+		err = errors.Join(err, removeBusy(path))
 	}
 	return err
+}
+
+func removeBusy(dir string) error {
+	for deadline := time.Now().Add(busyTimeout); ; time.Sleep(time.Millisecond) {
+		err := os.Remove(dir)
+		if !errors.Is(err, syscall.EBUSY) || time.Now().After(deadline) {
+			return err
+		}
+	}
 }

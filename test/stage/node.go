@@ -167,6 +167,13 @@ func Start(t testing.TB, broker, policy string, c Config) *Node {
 	return n
 }
 
+// In is the same node for a subtest, which then is the one that fails.
+func (n *Node) In(t testing.TB) *Node {
+	in := *n
+	in.t = t
+	return &in
+}
+
 // Stop ends the node; the end of the test does so too.
 func (n *Node) Stop() {
 	if err := n.stop(); err != nil {

@@ -60,18 +60,19 @@ func obey(orders int) error {
 		}
 		fd, err := connect(to)
 		var errno syscall.Errno
-		if err != nil && !errors.As(err, &errno) {
-			return err
-		}
 		var rights []byte
-		if err == nil {
+		switch {
+		case err == nil:
 			rights = unix.UnixRights(fd)
-		}
-		if err := unix.Sendmsg(orders, binary.NativeEndian.AppendUint32(nil, uint32(errno)), rights, nil, 0); err != nil {
+		case !errors.As(err, &errno):
 			return err
 		}
-		if err := unix.Close(fd); err == nil != (errno == 0) {
-			return fmt.Errorf("close the socket: %w", err)
+		err = unix.Sendmsg(orders, binary.NativeEndian.AppendUint32(nil, uint32(errno)), rights, nil, 0)
+		if rights != nil {
+			err = errors.Join(err, unix.Close(fd))
+		}
+		if err != nil {
+			return err
 		}
 	}
 }

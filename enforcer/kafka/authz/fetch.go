@@ -347,8 +347,8 @@ func FetchInPlace(c *Ctx, version int16, body []byte, allowed func(name []byte, 
 	if version >= 7 && w.Array(4) > 0 {
 		return false // forgotten topics
 	}
-	if version >= 11 {
-		w.String() // rack_id
+	if version >= 11 && w.String() == nil { // rack_id may not be null
+		return false
 	}
 	if w.SkipTags() > 0 || w.tagged || w.Bad || w.Off != len(body) {
 		return false

@@ -54,10 +54,14 @@ func (c *Cursor) I64() int64 {
 	return 0
 }
 
-// Uvarint reads an UNSIGNED_VARINT of at most 32 bits.
+// Uvarint reads an UNSIGNED_VARINT of at most 32 bits, in at most five bytes as Kafka does.
 func (c *Cursor) Uvarint() uint32 {
+	if c.Off < len(c.B) && c.B[c.Off] < 0x80 {
+		c.Off++
+		return uint32(c.B[c.Off-1])
+	}
 	v, n := binary.Uvarint(c.B[c.Off:])
-	if n <= 0 || v > 1<<32-1 {
+	if n <= 0 || n > 5 || v > 1<<32-1 {
 		c.Bad, c.Off = true, len(c.B)
 		return 0
 	}
