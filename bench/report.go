@@ -131,14 +131,18 @@ func (r *results) markdown() string {
 			fmt.Fprintf(&b, "| %s | %.2f | %.2f to %.2f | %s |\n", c.title, e.median, e.low, e.high, c.goal)
 		}
 	}
-	c := r.Connects
-	fmt.Fprintf(&b, "\nA connect takes %.1f µs directly and %.1f µs redirected; to a port that is no broker's %.1f µs, and %.1f µs where "+
-		"a redirect is attached. The eBPF programs, per run:", c.Direct, c.Redirected, c.Foreign, c.ForeignRedirected)
-	for i, name := range slices.Sorted(maps.Keys(c.Programs)) {
-		fmt.Fprintf(&b, "%s %s %.0f ns", map[bool]string{true: ","}[i > 0], name, c.Programs[name])
-	}
-	b.WriteString(".\n")
+	b.WriteString(r.Connects.sentence())
 	return b.String()
+}
+
+func (c *connects) sentence() string {
+	var programs []string
+	for _, name := range slices.Sorted(maps.Keys(c.Programs)) {
+		programs = append(programs, fmt.Sprintf("%s %.0f ns", name, c.Programs[name]))
+	}
+	return fmt.Sprintf("\nconnect(2) takes %.1f µs directly and %.1f µs redirected; to a port that is no broker's %.1f µs, and %.1f µs "+
+		"where a redirect is attached. One run of an eBPF program: %s.\n",
+		c.Direct, c.Redirected, c.Foreign, c.ForeignRedirected, strings.Join(programs, ", "))
 }
 
 func (q *quantity) cell(values []float64, variant string) string {

@@ -23,7 +23,7 @@ type Options struct {
 	Policy   *policy.Policy
 	Audit    *audit.Log
 	MaxFrame int   // largest request frame, in bytes
-	Memory   int64 // bytes for frames that are held whole, half for requests and half for answers
+	Memory   int64 // bytes for frames that are held whole; at least MinMemory(MaxFrame)
 	Metrics  prometheus.Registerer
 }
 
@@ -40,13 +40,21 @@ func New(o Options) *Enforcer {
 	e.policy.Store(o.Policy)
 	e.kafka = kafka.Shared{
 		Policy:   &e.policy,
-		Requests: wire.NewBudget(o.Memory / 2),
-		Answers:  wire.NewBudget(o.Memory / 2),
+		Requests: wire.NewBudget(held(o.Memory)),
+		Answers:  wire.NewBudget(held(o.Memory)),
+		Decoded:  wire.NewBudget(o.Memory - 2*held(o.Memory)),
 		MaxFrame: o.MaxFrame,
 		Metrics:  kafka.NewMetrics(o.Metrics),
 	}
 	return e
 }
+
+// held is the part of the memory for requests, and that for answers; the rest is for what is decoded. They are separate
+// because what waits for one may hold another.
+func held(memory int64) int64 { return memory / 8 * 3 }
+
+// MinMemory is the least memory with which a request of maxFrame bytes fits.
+func MinMemory(maxFrame int64) int64 { return (wire.HeldSize(int(maxFrame)) + 2) / 3 * 8 }
 
 // SetPolicy replaces the policy; every connection decides by it from its next frame on.
 func (e *Enforcer) SetPolicy(p *policy.Policy) { e.policy.Store(p) }

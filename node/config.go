@@ -17,6 +17,7 @@ import (
 
 	"go.yaml.in/yaml/v3"
 
+	"klamm/enforcer"
 	"klamm/enforcer/policy/strict"
 	"klamm/spiffe"
 )
@@ -104,7 +105,8 @@ type AuditConfig struct {
 type LimitsConfig struct {
 	// The largest request, 1KiB to below 2GiB. Default: 100MiB, as Kafka's socket.request.max.bytes.
 	MaxFrame strict.Size `yaml:"max-frame"`
-	// For the frames of all connections that are held whole, at least max-frame. Default: 256MiB.
+	// For the frames of all connections that are held whole: three eighths each for requests and answers, the rest for
+	// what is decoded of them. Default: 512MiB.
 	Memory strict.Size `yaml:"memory"`
 	// Open at a time, at least 1. Default: 10000.
 	Connections int `yaml:"connections"`
@@ -130,7 +132,7 @@ func Load(file string) (Config, error) {
 	c := Config{
 		Intercept: InterceptConfig{Ports: []uint16{9092}},
 		Audit:     AuditConfig{File: "-"},
-		Limits: LimitsConfig{MaxFrame: 100 << 20, Memory: 256 << 20, Connections: 10_000,
+		Limits: LimitsConfig{MaxFrame: 100 << 20, Memory: 512 << 20, Connections: 10_000,
 			DialTimeout: 5 * time.Second},
 		Metrics: MetricsConfig{Listen: "127.0.0.1:9464"},
 	}
@@ -330,7 +332,8 @@ func (c *LimitsConfig) UnmarshalYAML(node *yaml.Node) error {
 	return section(node, (*plain)(c), func() []check {
 		return []check{
 			{c.MaxFrame >= 1<<10 && c.MaxFrame <= math.MaxInt32, key(node, "max-frame"), "want 1KiB to below 2GiB"},
-			{c.Memory >= c.MaxFrame, key(node, "memory"), "want at least max-frame, or the largest request never fits"},
+			{int64(c.Memory) >= enforcer.MinMemory(int64(c.MaxFrame)), key(node, "memory"), fmt.Sprintf(
+				"want at least %dMiB, or a request of max-frame never fits", (enforcer.MinMemory(int64(c.MaxFrame))+1<<20-1)>>20)},
 			{c.Connections > 0, key(node, "connections"), "want at least 1"},
 			{c.DialTimeout > 0, key(node, "dial-timeout"), "want a duration over 0, like 5s"},
 		}

@@ -43,7 +43,7 @@ func TestTheSmallestConfigurationHasSafeDefaults(t *testing.T) {
 		Intercept: InterceptConfig{Ports: []uint16{9092}},
 		Clusters:  []ClusterConfig{{Name: "payments", Bootstrap: []string{"broker-1.example:9092"}}},
 		Audit:     AuditConfig{File: "-"},
-		Limits: LimitsConfig{MaxFrame: 100 << 20, Memory: 256 << 20, Connections: 10000,
+		Limits: LimitsConfig{MaxFrame: 100 << 20, Memory: 512 << 20, Connections: 10000,
 			DialTimeout: 5 * time.Second},
 		Metrics: MetricsConfig{Listen: "127.0.0.1:9464"},
 	}
@@ -187,9 +187,9 @@ func TestWhatIsWrongIsSaidWithLineAndColumn(t *testing.T) {
 		"a frame of 2GiB": {
 			smallest + "limits: {max-frame: 2GiB, memory: 4GiB}", `2:21: want 1KiB to below 2GiB`},
 		"less memory than one frame": {
-			smallest + "limits: {memory: 99MiB}", `2:18: want at least max-frame`},
+			smallest + "limits: {memory: 99MiB}", `2:18: want at least 342MiB`},
 		"more frame than memory": {
-			smallest + "limits: {max-frame: 512MiB}", `2:9: want at least max-frame`},
+			smallest + "limits: {max-frame: 512MiB}", `2:9: want at least 1366MiB`},
 		"no connections": {
 			smallest + "limits: {connections: 0}", `2:23: want at least 1`},
 		"a timeout in plain numbers": {

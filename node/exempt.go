@@ -62,10 +62,10 @@ func (e *exemptions) refresh() error {
 }
 
 // cgroup is the id of the exempt cgroup, 0 while there is none.
-func (x Exemption) cgroup(root string) uint64 {
-	path := filepath.Join(root, x.Cgroup)
-	if x.Unit != "" {
-		path = findUnit(root, x.Unit)
+func (e *Exemption) cgroup(root string) uint64 {
+	path := filepath.Join(root, e.Cgroup)
+	if e.Unit != "" {
+		path = findUnit(root, e.Unit)
 	}
 	id, err := cgroupID(path)
 	if err != nil {
@@ -77,10 +77,11 @@ func (x Exemption) cgroup(root string) uint64 {
 // findUnit is the cgroup of a unit of the system manager: a directory of its name, below slices only. A user's own
 // manager is a service, and what it calls its units does not count.
 func findUnit(root, unit string) (found string) {
-	_ = filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+	// What cannot be read has ended, as a cgroup may at any time.
+	_ = filepath.WalkDir(root, func(path string, d fs.DirEntry, unreadable error) error {
 		switch {
-		case err != nil, path == root, !d.IsDir(): // a cgroup may end at any time
-			return nil
+		case unreadable != nil, path == root, !d.IsDir():
+			return nil //nolint:nilerr // as said above
 		case d.Name() == unit:
 			found = path
 			return fs.SkipAll

@@ -130,13 +130,17 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 	if err := n.exempt(ctx); err != nil {
 		return err
 	}
+	defer func() {
+		for _, c := range n.clusters {
+			c.Close()
+		}
+	}()
 	for _, c := range n.config.Clusters {
 		cluster, err := OpenCluster(c, ClusterOptions{Dial: n.redirect.Dialer().DialContext, Ports: n.config.Intercept.Ports,
 			OnPorts: n.interceptAlso, Log: n.log})
 		if err != nil {
 			return err
 		}
-		defer cluster.Close()
 		n.clusters = append(n.clusters, cluster)
 	}
 	failed := make(chan error, 1)
@@ -291,7 +295,8 @@ func (t tasks) Task(pid uint32) (spiffe.TaskFacts, error) {
 // kernelCounters exports the counters of the eBPF programs.
 type kernelCounters struct{ *Redirect }
 
-var kernelDesc = prometheus.NewDesc("klamm_kernel_total", "What the eBPF programs decided, by reason.", []string{"reason"}, nil)
+var kernelDesc = prometheus.NewDesc("klamm_kernel_total", "What the eBPF programs decided, by reason.",
+	[]string{"reason"}, nil)
 
 // Describe names the one metric.
 func (k kernelCounters) Describe(ch chan<- *prometheus.Desc) { ch <- kernelDesc }

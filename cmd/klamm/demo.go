@@ -52,8 +52,8 @@ var demoSteps = []demoStep{
 		input: "{\"id\":3,\"item\":\"forged\"}\n", shows: []string{"uthorization failed"}},
 	{workload: "laptop", uid: 61003, title: "an intern lists all topics, and sees one of three", verb: "list",
 		succeeds: true, shows: []string{"public.news"}, hides: []string{"orders", "payroll"}},
-	{workload: "laptop", uid: 61003, title: "the intern tries to read the payroll by name", verb: "consume", topic: "payroll",
-		shows: []string{"uthorization failed"}, hides: []string{"salary"}},
+	{workload: "laptop", uid: 61003, title: "the intern tries to read the payroll by name", verb: "consume",
+		topic: "payroll", shows: []string{"uthorization failed"}, hides: []string{"salary"}},
 }
 
 // demoResult is everything the demo shows.

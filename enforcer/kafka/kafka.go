@@ -28,6 +28,7 @@ type Shared struct {
 	Policy   *atomic.Pointer[policy.Policy] // the current policy, loaded once per frame
 	Requests *wire.Budget                   // for requests held whole
 	Answers  *wire.Budget                   // for answers held whole
+	Decoded  *wire.Budget                   // for what is decoded of either
 	MaxFrame int                            // largest request, in bytes (Kafka: socket.request.max.bytes)
 	Metrics  *Metrics
 }

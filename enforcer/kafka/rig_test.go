@@ -72,6 +72,7 @@ func newRig(t testing.TB, rules string) *rig {
 			Policy:   current,
 			Requests: wire.NewBudget(budget),
 			Answers:  wire.NewBudget(budget),
+			Decoded:  wire.NewBudget(budget),
 			MaxFrame: 16 << 20,
 			Metrics:  NewMetrics(prometheus.NewRegistry()),
 		},

@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kmsg"
 
 	"klamm/enforcer/audit"
@@ -282,10 +283,10 @@ func (s *session) decide(e *wire.Entry[pending], frame []byte, view *policy.View
 		return &Error{audit.Undecodable, err}
 	}
 	if weight = weight*handledRequest + int64(len(frame))*copiedRequest; weight > wire.BaseBuffer {
-		if err := s.Requests.Acquire(weight); err != nil {
+		if err := s.Decoded.Acquire(weight); err != nil {
 			return &Error{audit.OutOfMemory, err}
 		}
-		defer s.Requests.Release(weight)
+		defer s.Decoded.Release(weight)
 	}
 	// A copy, because a verdict may keep parts of the request until the answer comes.
 	body := append([]byte(nil), frame[wire.SizePrefix+h.Len:]...)
@@ -489,7 +490,9 @@ func (s *session) broker(p *pending, n int) error {
 		s.loggedIn(body)
 		s.auditChecks(s.downTrail, p, audit.Allow)
 	case learned:
-		if _, err := s.decode(p, frame); err != nil {
+		_, weight, err := s.decode(p, frame)
+		s.Decoded.Release(weight)
+		if err != nil {
 			return err
 		}
 		s.auditChecks(s.downTrail, p, audit.Allow)
@@ -509,7 +512,8 @@ func (s *session) broker(p *pending, n int) error {
 
 // edit decodes an answer, lets the verdict change it, and encodes it anew.
 func (s *session) edit(p *pending, frame []byte) ([]byte, error) {
-	resp, err := s.decode(p, frame)
+	resp, weight, err := s.decode(p, frame)
+	defer s.Decoded.Release(weight)
 	if err != nil {
 		return nil, err
 	}
@@ -519,41 +523,53 @@ func (s *session) edit(p *pending, frame []byte) ([]byte, error) {
 	if len(p.ctx.Missing) > 0 {
 		s.resolve(p.ctx)
 		p.ctx.Checks = p.ctx.Checks[:checks]
-		if resp, err = s.decode(p, frame); err != nil {
+		again, weight, err := s.decode(p, frame)
+		defer s.Decoded.Release(weight)
+		if err != nil {
 			return nil, err
 		}
-		p.edit(p.ctx, resp)
+		p.edit(p.ctx, again)
+		resp = again
 	}
 	return wire.AppendResponse(nil, p.Correlation, resp), nil
 }
 
-// decode reads a whole answer; what it says of topic ids is taken up.
-func (s *session) decode(p *pending, frame []byte) (kmsg.Response, error) {
+// decode reads a whole answer; what it says of topic ids is taken up. The weight is what it holds of the budget, also
+// when it fails.
+func (s *session) decode(p *pending, frame []byte) (resp kmsg.Response, weight int64, err error) {
 	c := wire.Cursor{B: frame, Off: wire.SizePrefix + 4, Flex: wire.ResponseHeaderLen(p.Key, p.Version) > wire.SizePrefix+4}
 	c.SkipTags()
+	if c.Bad {
+		return nil, 0, refuse(audit.BadAnswer, "%s v%d: no response header", apiName(p.Key), p.Version)
+	}
+	body := frame[c.Off:]
 	req := kmsg.RequestForKey(p.Key)
 	req.SetVersion(p.Version)
-	resp := req.ResponseKind()
-	if c.Bad {
-		return nil, refuse(audit.BadAnswer, "%s v%d: no response header", apiName(p.Key), p.Version)
+	if refusesVersion(p.Key, body) {
+		req.SetVersion(0)
 	}
-	weight, err := wire.CheckResponse(p.Key, p.Version, frame[c.Off:])
-	if err != nil {
-		return nil, &Error{audit.BadAnswer, err}
+	if weight, err = wire.CheckResponse(p.Key, req.GetVersion(), body); err != nil {
+		return nil, 0, &Error{audit.BadAnswer, err}
 	}
-	if weight += int64(len(frame)); weight > wire.BaseBuffer {
-		if err := s.Answers.Acquire(weight); err != nil {
-			return nil, &Error{audit.OutOfMemory, err}
-		}
-		defer s.Answers.Release(weight)
+	if weight += int64(len(frame)); weight <= wire.BaseBuffer {
+		weight = 0
+	} else if err = s.Decoded.Acquire(weight); err != nil {
+		return nil, 0, &Error{audit.OutOfMemory, err}
 	}
-	if err := resp.ReadFrom(frame[c.Off:]); err != nil {
-		return nil, refuse(audit.BadAnswer, "%s v%d of %d bytes: %w", apiName(p.Key), p.Version, len(frame), err)
+	resp = req.ResponseKind()
+	if err = resp.ReadFrom(body); err != nil {
+		return nil, weight, refuse(audit.BadAnswer, "%s v%d of %d bytes: %w", apiName(p.Key), p.Version, len(frame), err)
 	}
 	if m, ok := resp.(*kmsg.MetadataResponse); ok {
 		s.conn.Cluster.Learn(m)
 	}
-	return resp, nil
+	return resp, weight, nil
+}
+
+// refusesVersion: a broker that does not know the ApiVersions version it is asked in answers in version 0 (KIP-511).
+func refusesVersion(key int16, body []byte) bool {
+	return key == int16(kmsg.ApiVersions) && len(body) >= 2 &&
+		int16(binary.BigEndian.Uint16(body)) == kerr.UnsupportedVersion.Code
 }
 
 // stream passes n bytes as they come.

@@ -188,9 +188,8 @@ func (p *Pipe) room(n int) error {
 }
 
 func (p *Pipe) take(n int) error {
-	var share int64
-	if n > BaseBuffer {
-		share = int64(BaseBuffer << class(n))
+	share := HeldSize(n)
+	if share > 0 {
 		if err := p.budget.Acquire(share); err != nil {
 			return err
 		}

@@ -22,7 +22,8 @@ const budgetWait = 10 * time.Second
 
 // Budget bounds the memory of all frames that are held whole and are larger than BaseBuffer. A frame's share is taken
 // at once, before its first byte is read, so that two half-read frames cannot wait for each other. Requests and answers
-// need separate budgets: a broker that waits for its answer to be read does not read the next request.
+// need separate budgets, because a broker that waits for its answer to be read does not read the next request; and so
+// does what is decoded, because its frame is held meanwhile.
 type Budget struct {
 	sem *semaphore.Weighted
 	max int64
@@ -70,6 +71,14 @@ func getBuffer(n int) *[]byte {
 }
 
 func putBuffer(b *[]byte) { pools[class(len(*b))].Put(b) }
+
+// HeldSize is what a frame of n bytes takes of a budget while it is held whole.
+func HeldSize(n int) int64 {
+	if n <= BaseBuffer {
+		return 0
+	}
+	return BaseBuffer << class(n)
+}
 
 func class(n int) int {
 	if n <= BaseBuffer {
