@@ -52,8 +52,8 @@ type broker struct {
 	stop func() error
 }
 
-func startBroker(ctx context.Context, real bool) (*broker, error) {
-	if !real {
+func startBroker(ctx context.Context, apache bool) (*broker, error) {
+	if !apache {
 		p, err := host.StartSelf(kafka.Place{}, "broker")
 		if err != nil {
 			return nil, err

@@ -21,7 +21,7 @@ import (
 type load struct {
 	name    string
 	title   string
-	rate    int // records per second, sent when they are due whatever became of those before; 0: as fast as they are acknowledged
+	rate    int // records per second, sent when they are due; 0: as fast as they are acknowledged
 	consume bool
 }
 

@@ -56,15 +56,17 @@ type quantity struct {
 	title  string
 	of     func(cell) float64
 	format string
-	relays bool // only relays have it
-	loads  func(load) bool
+	added  bool // over direct, in the same round
+	open   bool // it belongs to loads at a rate
+	closed bool // it belongs to closed loops
 }
 
 var quantities = []quantity{
-	{"p50, ms", func(c cell) float64 { return c.P50 }, "%.2f", false, func(l load) bool { return l.rate > 0 }},
-	{"p99, ms", func(c cell) float64 { return c.P99 }, "%.1f", false, func(l load) bool { return l.rate > 0 }},
-	{"MB/s", func(c cell) float64 { return c.MBs }, "%.0f", false, func(l load) bool { return l.rate == 0 }},
-	{"CPU-ms per MB", func(c cell) float64 { return c.CPUPerMB }, "%.2f", true, func(load) bool { return true }},
+	{title: "p50, ms", of: p50, format: "%.2f", open: true},
+	{title: "p50 added to direct, ms", of: p50, format: "%.2f", added: true, open: true},
+	{title: "p99, ms", of: func(c cell) float64 { return c.P99 }, format: "%.1f", open: true},
+	{title: "MB/s", of: speed, format: "%.0f", closed: true},
+	{title: "CPU-ms per MB", of: perMB, format: "%.2f", added: true, open: true, closed: true}, // of direct it is 0
 }
 
 func perMB(c cell) float64 { return c.CPUPerMB }
@@ -92,47 +94,64 @@ var comparisons = []comparison{
 	{"added p50, 20,000 msg/s, klamm ÷ bare relay", "20k", bareRelay, p50, true, "≤ 1.25"},
 }
 
-func (r *results) values(load, variant string, of func(cell) float64) []float64 {
+// values are what a variant measured, one per round; added is over direct.
+func (r *results) values(load, variant string, of func(cell) float64, added bool) []float64 {
 	var values []float64
-	for _, c := range r.Cells[load][variant] {
-		values = append(values, of(c))
+	for round, c := range r.Cells[load][variant] {
+		v := of(c)
+		if added {
+			v -= of(r.Cells[load][direct][round])
+		}
+		values = append(values, v)
 	}
 	return values
 }
 
 func (r *results) markdown() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s, %d cores, Linux %s, %s, %s. Broker: %s. %d rounds, %s per load. Medians with 95 %% confidence intervals.\n\n",
+	fmt.Fprintf(&b, "%s, %d cores, Linux %s, %s, %s. Broker: %s. %d rounds, %s per load. "+
+		"Medians with 95 %% confidence intervals.\n\n",
 		r.Machine.CPU, r.Machine.Cores, r.Machine.Kernel, r.Machine.Go, r.Machine.Date, r.Broker, r.Rounds, r.Measured)
-	fmt.Fprintf(&b, "| | %s |\n|---%s|\n", strings.Join(r.Variants, " | "), strings.Repeat("|---", len(r.Variants)))
+	r.quantities(&b)
+	r.comparisons(&b)
+	b.WriteString(r.Connects.sentence())
+	return b.String()
+}
+
+func (r *results) quantities(b *strings.Builder) {
+	fmt.Fprintf(b, "| | %s |\n|---%s|\n", strings.Join(r.Variants, " | "), strings.Repeat("|---", len(r.Variants)))
 	for _, l := range loads {
 		for _, q := range quantities {
-			if len(r.Cells[l.name]) > 0 && q.loads(l) {
-				fmt.Fprintf(&b, "| %s, %s |", l.title, q.title)
-				for _, v := range r.Variants {
-					fmt.Fprintf(&b, " %s |", q.cell(r.values(l.name, v, q.of), v))
-				}
-				b.WriteString("\n")
+			if len(r.Cells[l.name]) == 0 || l.rate > 0 && !q.open || l.rate == 0 && !q.closed {
+				continue
 			}
+			fmt.Fprintf(b, "| %s, %s |", l.title, q.title)
+			for _, v := range r.Variants {
+				if q.added && v == direct {
+					b.WriteString(" – |")
+					continue
+				}
+				e := estimated(r.values(l.name, v, q.of, q.added))
+				fmt.Fprintf(b, " "+q.format+" ("+q.format+" to "+q.format+") |", e.median, e.low, e.high)
+			}
+			b.WriteString("\n")
 		}
 	}
-	b.WriteString("| resident memory at most, MB |")
-	for _, v := range r.Variants {
-		if m := r.Memory[v]; m > 0 {
-			fmt.Fprintf(&b, " %.0f |", float64(m)/1e6)
-		} else {
-			b.WriteString(" – |")
-		}
+	b.WriteString("| resident memory at most, MB | – |")
+	for _, v := range r.Variants[1:] {
+		fmt.Fprintf(b, " %.0f |", float64(r.Memory[v])/1e6)
 	}
-	b.WriteString("\n\n| ratio, by round | median | 95 % | aim |\n|---|---|---|---|\n")
+	b.WriteString("\n")
+}
+
+func (r *results) comparisons(b *strings.Builder) {
+	b.WriteString("\n| ratio, by round | median | 95 % | aim |\n|---|---|---|---|\n")
 	for _, c := range comparisons {
 		if ratios := r.ratios(c); len(ratios) > 0 {
 			e := estimated(ratios)
-			fmt.Fprintf(&b, "| %s | %.2f | %.2f to %.2f | %s |\n", c.title, e.median, e.low, e.high, c.goal)
+			fmt.Fprintf(b, "| %s | %.2f | %.2f to %.2f | %s |\n", c.title, e.median, e.low, e.high, c.goal)
 		}
 	}
-	b.WriteString(r.Connects.sentence())
-	return b.String()
 }
 
 func (c *connects) sentence() string {
@@ -140,34 +159,18 @@ func (c *connects) sentence() string {
 	for _, name := range slices.Sorted(maps.Keys(c.Programs)) {
 		programs = append(programs, fmt.Sprintf("%s %.0f ns", name, c.Programs[name]))
 	}
-	return fmt.Sprintf("\nconnect(2) takes %.1f µs directly and %.1f µs redirected; to a port that is no broker's %.1f µs, and %.1f µs "+
-		"where a redirect is attached. One run of an eBPF program: %s.\n",
+	return fmt.Sprintf("\nconnect(2) takes %.1f µs directly and %.1f µs redirected; to a port that is no broker's "+
+		"%.1f µs, and %.1f µs where a redirect is attached. One run of an eBPF program: %s.\n",
 		c.Direct, c.Redirected, c.Foreign, c.ForeignRedirected, strings.Join(programs, ", "))
 }
 
-func (q *quantity) cell(values []float64, variant string) string {
-	if len(values) == 0 || (q.relays && variant == direct) {
-		return "–"
-	}
-	e := estimated(values)
-	return fmt.Sprintf(q.format+" ("+q.format+" to "+q.format+")", e.median, e.low, e.high)
-}
-
 func (r *results) ratios(c comparison) []float64 {
-	ours, theirs := r.values(c.load, klammItself, c.of), r.values(c.load, c.over, c.of)
-	base := r.values(c.load, direct, c.of)
-	if len(ours) != len(theirs) {
-		return nil
-	}
-	ratios := make([]float64, len(ours))
+	ours := r.values(c.load, klammItself, c.of, c.added)
+	theirs := r.values(c.load, c.over, c.of, c.added)
 	for i := range ours {
-		zero := 0.0
-		if c.added {
-			zero = base[i]
-		}
-		ratios[i] = (ours[i] - zero) / (theirs[i] - zero)
+		ours[i] /= theirs[i]
 	}
-	return ratios
+	return ours
 }
 
 const (

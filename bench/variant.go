@@ -33,8 +33,10 @@ const (
 	klammItself = "klamm"
 )
 
-// variants start the ways to a broker. What they started is stopped by their stop, also when one fails.
-func startVariants(ctx context.Context, s settings, dir, cgroup, broker string) (_ []*variant, stop func() error, err error) {
+// startVariants starts the ways to a broker. When one fails, those before it are stopped.
+func startVariants(
+	ctx context.Context, s settings, dir, cgroup, broker string,
+) (_ []*variant, stop func() error, err error) {
 	_, port, err := net.SplitHostPort(broker)
 	if err != nil {
 		return nil, nil, err

@@ -82,9 +82,9 @@ func newDemoCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "demo",
 		Short: "Show the whole product on this machine in a minute",
-		Long: `Start an embedded broker and the node, with the real eBPF redirect on a cgroup of its own, and let three workloads
-with different identities use it: stock clients (kcat where installed, else a franz-go client of its own) configured
-for nothing but the broker's address. Needs root. Everything is removed at the end, also on Ctrl-C.
+		Long: `Start an embedded broker and the node, with the real eBPF redirect on a cgroup of its own, and let three
+workloads with different identities use it: stock clients (kcat where installed, else a franz-go client of its own)
+configured for nothing but the broker's address. Needs root. Everything is removed at the end, also on Ctrl-C.
 
 Exit codes: 0 all came out as it must, 1 it did not.`,
 		Args: cobra.NoArgs,

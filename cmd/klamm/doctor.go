@@ -35,20 +35,24 @@ var hostChecks = []struct {
 	check  func() (detail string, err error)
 	remedy string
 }{
-	{"privileges", checkPrivileges, "run as root, or with CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON, CAP_SYS_ADMIN and CAP_SYS_PTRACE"},
-	{"kernel type information", checkBTF, "use a kernel built with CONFIG_DEBUG_INFO_BTF=y (Debian 12, Ubuntu 22.04 and later have it)"},
+	{"privileges", checkPrivileges,
+		"run as root, or with CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON, CAP_SYS_ADMIN and CAP_SYS_PTRACE"},
+	{"kernel type information", checkBTF,
+		"use a kernel built with CONFIG_DEBUG_INFO_BTF=y (Debian 12, Ubuntu 22.04 and later have it)"},
 	{"kernel features", checkFeatures, "use Linux 5.15 or newer, with CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF"},
-	{"cgroup2", checkCgroup2, "mount it: mount -t cgroup2 none /sys/fs/cgroup/unified (or boot with systemd.unified_cgroup_hierarchy=1)"},
+	{"cgroup2", checkCgroup2,
+		"mount it: mount -t cgroup2 none /sys/fs/cgroup/unified (or boot with systemd.unified_cgroup_hierarchy=1)"},
 	{"bpffs", checkBPFFS, ""},
-	{"eBPF programs", checkPrograms, "the message says what the kernel lacks, or which program of somebody else is in the way"},
+	{"eBPF programs", checkPrograms,
+		"the message says what the kernel lacks, or which program of somebody else is in the way"},
 }
 
 func newDoctorCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "doctor",
 		Short: "Tell whether this host and its clusters are fit, and what to do if not",
-		Long: `Check privileges, the kernel's features, cgroup2, whether the eBPF programs load and attach (to an empty cgroup of
-their own, removed again), and, with -c, whether the configuration is valid and its clusters answer.
+		Long: `Check privileges, the kernel's features, cgroup2, whether the eBPF programs load and attach (to an empty cgroup
+of their own, removed again), and, with -c, whether the configuration is valid and its clusters answer.
 
 Exit codes: 0 all checks passed, 1 at least one failed.`,
 		Example: "  klamm doctor -c /etc/klamm/klamm.yaml",
@@ -146,7 +150,8 @@ func checkFeatures() (string, error) {
 	}{
 		{"programs at connect(2) (4.17)", features.HaveProgramType(ebpf.CGroupSockAddr)},
 		{"storage in sockets (5.2)", features.HaveMapType(ebpf.SkStorage)},
-		{"the network namespace's cookie in socket operations (5.15)", features.HaveProgramHelper(ebpf.SockOps, asm.FnGetNetnsCookie)},
+		{"the network namespace's cookie in socket operations (5.15)",
+			features.HaveProgramHelper(ebpf.SockOps, asm.FnGetNetnsCookie)},
 		{"storage in sockets at connect(2) (5.8)", features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnSkStorageGet)},
 	} {
 		if f.err != nil {
@@ -203,8 +208,8 @@ func checkConfig(ctx context.Context, file string, wait time.Duration) []finding
 	ctx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
 	for _, c := range config.Clusters {
-		findings = append(findings, found("cluster "+c.Name, "check bootstrap, tls and credentials, and the route from this host")(
-			node.ProbeCluster(ctx, c, zerolog.Nop())))
+		probed := found("cluster "+c.Name, "check bootstrap, tls and credentials, and the route from this host")
+		findings = append(findings, probed(node.ProbeCluster(ctx, c, zerolog.Nop())))
 	}
 	return findings
 }

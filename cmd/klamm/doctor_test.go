@@ -81,6 +81,7 @@ func TestTheDoctorSaysWhatToDo(t *testing.T) {
 
 func TestTheDoctorChecksTheConfigurationAndItsClusters(t *testing.T) {
 	broker, down := stage.StartBroker(t), stage.FreeAddr(t)
+	unknown := stage.Config{"clusters": stage.Clusters("broker.invalid:9092")}
 	for name, c := range map[string]struct {
 		broker string
 		config stage.Config
@@ -90,7 +91,7 @@ func TestTheDoctorChecksTheConfigurationAndItsClusters(t *testing.T) {
 		"a cluster that answers":     {broker.Addr(), nil, "", ""},
 		"a cluster that is down":     {down, nil, "cluster main", "connection refused"},
 		"a policy that is not there": {broker.Addr(), stage.Config{"policies": "[gone.yaml]"}, "policies", "no such file"},
-		"a name nobody knows":        {broker.Addr(), stage.Config{"clusters": stage.Clusters("broker.invalid:9092")}, "cluster main", "cannot resolve"},
+		"a name nobody knows":        {broker.Addr(), unknown, "cluster main", "cannot resolve"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
@@ -108,7 +109,8 @@ func TestTheDoctorChecksTheConfigurationAndItsClusters(t *testing.T) {
 	}
 	bad := filepath.Join(t.TempDir(), "klamm.yaml")
 	stage.WriteFile(t, bad, "clusters: []\n")
-	if code, all, _ := findings(t, "-c", bad); code != 1 || !strings.Contains(all["configuration"].Detail, bad+":1:11: no cluster") {
-		t.Errorf("exit code %d, %+v", code, all["configuration"])
+	code, all, _ := findings(t, "-c", bad)
+	if f := all["configuration"]; code != 1 || !strings.Contains(f.Detail, bad+":1:11: no cluster") {
+		t.Errorf("exit code %d, %+v", code, f)
 	}
 }

@@ -172,7 +172,8 @@ func TestWhatStopsTheNodeIsOneClearLine(t *testing.T) {
 		{"a policy that is not there", "policy.yaml", kafka.Place{}, "", "reading the policy: open "},
 		{"a place for the audit that is not there", "audit.yaml", kafka.Place{}, "", "opening the audit file: open "},
 		{"missing privilege", "good.yaml", nobody, "", "run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"},
-		{"a kernel without eBPF", "good.yaml", kafka.Place{}, withoutBPF + "=1", "load the eBPF programs: the kernel is not fit"},
+		{"a kernel without eBPF", "good.yaml", kafka.Place{}, withoutBPF + "=1",
+			"load the eBPF programs: the kernel is not fit"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			cmd, out, errOut := command(t, c.place, c.env, "node", "-c", filepath.Join(dir, c.file))

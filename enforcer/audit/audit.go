@@ -165,9 +165,11 @@ type Batch struct {
 }
 
 func (b *Batch) fields() *zerolog.Event {
-	e := zerolog.Dict().Int64("base_offset", b.BaseOffset).Int64("last_offset", b.LastOffset).Int32("count", b.Count).Int("bytes", b.Bytes)
+	e := zerolog.Dict().Int64("base_offset", b.BaseOffset).Int64("last_offset", b.LastOffset).
+		Int32("count", b.Count).Int("bytes", b.Bytes)
 	if b.ProducerID >= 0 {
-		e = e.Int64("producer_id", b.ProducerID).Int16("producer_epoch", b.ProducerEpoch).Int32("base_sequence", b.BaseSequence)
+		e = e.Int64("producer_id", b.ProducerID).Int16("producer_epoch", b.ProducerEpoch).
+			Int32("base_sequence", b.BaseSequence)
 	}
 	return e.Hex("sha256", b.SHA256[:])
 }

@@ -56,7 +56,7 @@ func fetchAnswer(version int16, topic string, recordBatches []byte) *kmsg.FetchR
 // fill produces random values directly to the broker.
 func fill(t *testing.T, addr, topic string, r *rand.Rand, n int) {
 	t.Helper()
-	client, err := kgo.NewClient(kgo.SeedBrokers(addr), kgo.ProducerBatchCompression(kgo.SnappyCompression(), kgo.NoCompression()))
+	client, err := kgo.NewClient(kgo.SeedBrokers(addr), kgo.ProducerBatchCompression(kgo.SnappyCompression()))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -272,7 +272,7 @@ func TestAFetchAnswerThatLiesEndsTheConnection(t *testing.T) {
 // The last batch of a partition may be cut off by the fetch's size limit (KIP-74); a client drops it.
 func TestACutBatchIsPassedOnAndIsNoEvidence(t *testing.T) {
 	whole, cut := batch([]byte("whole")), batch([]byte("cut off"))
-	for n := range len(cut) {
+	for n := range cut {
 		rig := newRig(t, ordersOnly)
 		client, broker, ended := rig.serveScripted(t)
 		req := fetchRequest(12, 0, -1, "orders")
@@ -288,7 +288,7 @@ func TestACutBatchIsPassedOnAndIsNoEvidence(t *testing.T) {
 		if err := <-ended; err != nil {
 			t.Errorf("cut at %d: %v", n, err)
 		}
-		lines := rig.log.find(t, func(l auditLine) bool { return l.API == "Fetch" && l.Topic == "orders" && l.Batches != nil })
+		lines := rig.log.find(t, func(l auditLine) bool { return l.API == "Fetch" && l.Batches != nil })
 		if len(lines) != 1 || len(lines[0].Batches) != 1 {
 			t.Errorf("cut at %d: the lines are %+v", n, lines)
 		}

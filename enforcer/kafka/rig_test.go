@@ -329,6 +329,14 @@ func (r *rig) wantRefusal(t testing.TB, ended <-chan error, reason audit.Reason)
 	}
 }
 
+// logEnd waits for a session that may end in more than one way.
+func logEnd(t testing.TB, ended <-chan error) {
+	t.Helper()
+	if err := <-ended; err != nil {
+		t.Logf("the session ended: %v", err)
+	}
+}
+
 // batch is a record batch of magic 2 whose records are any bytes: nobody on the way reads them.
 func batch(payload []byte) []byte {
 	b := make([]byte, records.HeaderLen, records.HeaderLen+len(payload))

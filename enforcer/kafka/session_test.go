@@ -143,7 +143,7 @@ func TestAnswersComeInTheOrderOfTheRequests(t *testing.T) {
 					t.Fatalf("the answer to request %d came where that to %d was due", got, want)
 				}
 			}
-			if b, err := client.frame(); err != io.EOF {
+			if b, err := client.frame(); !errors.Is(err, io.EOF) {
 				t.Errorf("after the last answer came %d bytes and %v, not the end", len(b), err)
 			}
 			if err := errors.Join(<-sent, <-played, <-ended); err != nil {
@@ -159,7 +159,7 @@ func TestAFrameCutAtAnyByteReachesNoBroker(t *testing.T) {
 	whole := [][]byte{requestFrame(1, produceRequest(9, 0, []byte("record"), "orders")),
 		requestFrame(2, produceRequest(3, -1, []byte("record"), "orders")), requestFrame(3, version)}
 	stream := bytes.Join(whole, nil)
-	for cut := range len(stream) {
+	for cut := range stream {
 		rig := newRig(t, ordersOnly)
 		client, broker, ended := rig.serveScripted(t)
 		client.write(stream[:cut])
@@ -167,7 +167,7 @@ func TestAFrameCutAtAnyByteReachesNoBroker(t *testing.T) {
 		var got int64
 		for {
 			b, err := broker.frame()
-			if err == io.EOF {
+			if errors.Is(err, io.EOF) {
 				break
 			}
 			if err != nil {
@@ -179,7 +179,7 @@ func TestAFrameCutAtAnyByteReachesNoBroker(t *testing.T) {
 			t.Fatal(err)
 		}
 		client.drain()
-		<-ended
+		logEnd(t, ended)
 		want := 0
 		for _, frame := range whole {
 			if want+len(frame) > cut {
@@ -266,7 +266,7 @@ func TestRandomBytesNeverReachTheBrokerAsTheyAre(t *testing.T) {
 				t.Errorf("the broker got %d bytes", n)
 			}
 			client.drain()
-			<-ended
+			logEnd(t, ended)
 		})
 	}
 }
@@ -297,7 +297,7 @@ func TestAClientThatEndsItsSideGetsAllAnswers(t *testing.T) {
 		h, req := broker.request()
 		held = wire.AppendResponse(held, h.Correlation, produceAnswer(req.(*kmsg.ProduceRequest), 1))
 	}
-	if b, err := broker.frame(); err != io.EOF {
+	if b, err := broker.frame(); !errors.Is(err, io.EOF) {
 		t.Fatalf("the broker read %d bytes and %v, not the client's end", len(b), err)
 	}
 	broker.write(held)
@@ -307,7 +307,7 @@ func TestAClientThatEndsItsSideGetsAllAnswers(t *testing.T) {
 	if err := broker.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := client.frame(); err != io.EOF {
+	if _, err := client.frame(); !errors.Is(err, io.EOF) {
 		t.Errorf("the answers end with %v", err)
 	}
 	if err := <-ended; err != nil {
@@ -500,7 +500,7 @@ func TestASlowReaderStopsTheWriter(t *testing.T) {
 		if err := client.Close(); err != nil {
 			t.Fatal(err)
 		}
-		<-ended
+		logEnd(t, ended)
 	})
 	t.Run("the broker", func(t *testing.T) {
 		rig := newRig(t, ordersOnly)
@@ -512,7 +512,7 @@ func TestASlowReaderStopsTheWriter(t *testing.T) {
 		if err := broker.Close(); err != nil {
 			t.Fatal(err)
 		}
-		<-ended
+		logEnd(t, ended)
 	})
 }
 
@@ -546,7 +546,7 @@ func TestRequestsInFlightAreBounded(t *testing.T) {
 		}
 	}
 	broker.closeWrite()
-	<-ended
+	logEnd(t, ended)
 }
 
 func TestTheEndOfTheNodeEndsTheSession(t *testing.T) {

@@ -39,7 +39,8 @@ func newSteady(t testing.TB, rules string, request, answer []byte) *steady {
 	rig := newRig(t, rules)
 	rig.audit = audit.New(io.Discard, "node-1")
 	c := rig.conn(nil, nil)
-	s := &session{Shared: rig.shared, conn: c, ctx: new(authz.Ctx), upTrail: c.Audit.Trail(c.Subject), downTrail: c.Audit.Trail(c.Subject)}
+	s := &session{Shared: rig.shared, conn: c, ctx: new(authz.Ctx),
+		upTrail: c.Audit.Trail(c.Subject), downTrail: c.Audit.Trail(c.Subject)}
 	s.allowed = s.mayRead
 	s.fetch.init()
 	s.queue = wire.NewQueue[pending](io.Discard, maxInFlight)
@@ -95,7 +96,8 @@ func steadyCases() map[string][2][]byte {
 		cases[name] = [2][]byte{requestFrame(1, fetchRequest(version, 0, -1, "orders")),
 			wire.AppendResponse(nil, 1, fetchAnswer(version, "orders", bytes.Repeat(batch(payload), 3)))}
 		empty := fetchAnswer(version, "orders", nil)
-		cases[name+", nothing new"] = [2][]byte{requestFrame(1, fetchRequest(version, 0, -1, "orders")), wire.AppendResponse(nil, 1, empty)}
+		cases[name+", nothing new"] = [2][]byte{requestFrame(1, fetchRequest(version, 0, -1, "orders")),
+			wire.AppendResponse(nil, 1, empty)}
 	}
 	return cases
 }

@@ -111,7 +111,7 @@ func check(ctx context.Context, s settings, out io.Writer) (err error) {
 	return nil
 }
 
-// buildSuite builds the tests at the version that go.mod names. Its directory has the sources, too: some tests read them.
+// buildSuite builds the tests at the version that go.mod names. Beside them are their sources: some tests read them.
 func buildSuite(ctx context.Context, dir string) (string, error) {
 	const pkg = "github.com/twmb/franz-go/pkg/kgo"
 	sources, err := output(ctx, "go", "list", "-f", "{{.Dir}}", pkg)
@@ -138,7 +138,9 @@ func output(ctx context.Context, name string, args ...string) (string, error) {
 	return strings.TrimSpace(string(out)), nil
 }
 
-func checkBroker(ctx context.Context, s settings, kind, dir, suite string, out io.Writer) (passed, failed int, err error) {
+func checkBroker(
+	ctx context.Context, s settings, kind, dir, suite string, out io.Writer,
+) (passed, failed int, err error) {
 	addrs, stop, err := startBroker(ctx, kind)
 	if err != nil {
 		return 0, 0, err

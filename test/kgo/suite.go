@@ -118,7 +118,9 @@ func parse(ctx context.Context, log io.Reader) (endings, error) {
 const maxReruns = 2
 
 // compare runs the tests direct and through the node.
-func (r *suiteRunner) compare(ctx context.Context, pattern, kind string, out io.Writer) (passed, failed int, err error) {
+func (r *suiteRunner) compare(
+	ctx context.Context, pattern, kind string, out io.Writer,
+) (passed, failed int, err error) {
 	direct, err := r.run(ctx, pattern, false)
 	if err != nil {
 		return 0, 0, err

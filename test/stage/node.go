@@ -35,11 +35,12 @@ const Patience = 30 * time.Second
 
 // Users of workloads, and the identities that the default configuration gives them.
 const (
-	OrdersUID, ReportUID, StrangerUID = 61001, 61002, 61003
+	OrdersUID   = 61001
+	ReportUID   = 61002
+	StrangerUID = 61003
 
-	Orders   = "spiffe://example.test/orders"
-	Report   = "spiffe://example.test/report" // a stranger has none
-	Audience = "spiffe://example.test/*"
+	Orders = "spiffe://example.test/orders"
+	Report = "spiffe://example.test/report" // a stranger has none
 )
 
 // OrdersOnly lets orders read and write its topic, and nobody else do anything.
@@ -86,8 +87,8 @@ func Clusters(brokers ...string) string {
 	return "[{name: main, bootstrap: [" + strings.Join(bootstrap, ", ") + "]}]"
 }
 
-// Load writes a configuration into dir and loads it: c, and for what it leaves out a cluster named main at broker, whose
-// port is intercepted in the cgroup, and the identities above.
+// Load writes a configuration into dir and loads it: c, and for what it leaves out a cluster named main at broker,
+// whose port is intercepted in the cgroup, and the identities above.
 func Load(t testing.TB, dir, cgroup, broker, policy string, c Config) node.Config {
 	t.Helper()
 	_, port, err := net.SplitHostPort(broker)
@@ -184,7 +185,10 @@ func (n *Node) Stop() {
 // AwaitReady waits until the node has reached its clusters.
 func (n *Node) AwaitReady() {
 	n.t.Helper()
-	Await(n.t, "the node's being ready", func() bool { return n.get("/readyz").StatusCode == http.StatusOK })
+	Await(n.t, "the node's being ready", func() bool {
+		code, _ := n.Get("/readyz")
+		return code == http.StatusOK
+	})
 }
 
 // Workload starts a workload of a user in the node's cgroup.
@@ -193,8 +197,8 @@ func (n *Node) Workload(uid uint32) *Workload {
 	return StartWorkload(n.t, kafka.Place{Cgroup: n.Cgroup, UID: uid, GID: uid}, "")
 }
 
-// get is the answer of the node's HTTP endpoint, its body read.
-func (n *Node) get(path string) *http.Response {
+// Get is what the node's HTTP endpoint answers: status and body.
+func (n *Node) Get(path string) (int, string) {
 	n.t.Helper()
 	resp, err := http.Get("http://" + n.metrics + path)
 	if err != nil {
@@ -205,15 +209,6 @@ func (n *Node) get(path string) *http.Response {
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	resp.Body = io.NopCloser(bytes.NewReader(body))
-	return resp
-}
-
-// Get is what the node's HTTP endpoint answers: status and body.
-func (n *Node) Get(path string) (int, string) {
-	n.t.Helper()
-	resp := n.get(path)
-	body, _ := io.ReadAll(resp.Body) // of memory
 	return resp.StatusCode, string(body)
 }
 

@@ -78,9 +78,10 @@ func obey(orders int) error {
 }
 
 func connect(to netip.AddrPort) (fd int, err error) {
-	family, address := unix.AF_INET, unix.Sockaddr(&unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().Unmap().As4()})
-	if to.Addr().Is6() {
-		family, address = unix.AF_INET6, &unix.SockaddrInet6{Port: int(to.Port()), Addr: to.Addr().As16()}
+	family, port := unix.AF_INET6, int(to.Port())
+	var address unix.Sockaddr = &unix.SockaddrInet6{Port: port, Addr: to.Addr().As16()}
+	if to.Addr().Is4() {
+		family, address = unix.AF_INET, &unix.SockaddrInet4{Port: port, Addr: to.Addr().As4()}
 	}
 	if fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0); err != nil {
 		return -1, err
@@ -163,8 +164,9 @@ func (w *Workload) Dial(t testing.TB, address string) net.Conn {
 // Client is a Kafka client whose connections are the workload's.
 func (w *Workload) Client(t testing.TB, broker string, opts ...kgo.Opt) *kgo.Client {
 	t.Helper()
-	client, err := kgo.NewClient(append([]kgo.Opt{kgo.SeedBrokers(broker), kgo.Dialer(w.DialContext), kgo.ClientID("workload"),
-		kgo.DisableClientMetrics(), kgo.DisableIdempotentWrite(), kgo.UnknownTopicRetries(0)}, opts...)...)
+	opts = append([]kgo.Opt{kgo.SeedBrokers(broker), kgo.Dialer(w.DialContext), kgo.ClientID("workload"),
+		kgo.DisableClientMetrics(), kgo.DisableIdempotentWrite(), kgo.UnknownTopicRetries(0)}, opts...)
+	client, err := kgo.NewClient(opts...)
 	if err != nil {
 		t.Fatal(err)
 	}

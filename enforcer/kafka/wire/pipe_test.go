@@ -54,7 +54,7 @@ func TestAPipeCarriesWhatIsPassedAndEmitted(t *testing.T) {
 					}
 				}
 			}
-			if _, err := p.Need(1); err != io.EOF {
+			if _, err := p.Need(1); !errors.Is(err, io.EOF) {
 				t.Errorf("at the end: %v", err)
 			}
 			if !bytes.Equal(got.Bytes(), want.Bytes()) {
@@ -94,7 +94,7 @@ func socketWith(t *testing.T, b []byte) net.Conn {
 
 func TestAnEndWithinAFrameIsNoOrderlyEnd(t *testing.T) {
 	p := NewPipe(bytes.NewReader([]byte("abc")), io.Discard, NewBudget(0), nil, nil)
-	if _, err := p.Need(4); err != io.ErrUnexpectedEOF {
+	if _, err := p.Need(4); !errors.Is(err, io.ErrUnexpectedEOF) {
 		t.Errorf("%v", err)
 	}
 }
@@ -107,7 +107,7 @@ func TestNothingIsWrittenWhenWhatComesBeforeFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.Pass(3)
-	if err := p.Flush(); err != failure || out.Len() > 0 {
+	if err := p.Flush(); !errors.Is(err, failure) || out.Len() > 0 {
 		t.Errorf("%v, and %d bytes were written", err, out.Len())
 	}
 }

@@ -2,6 +2,7 @@ package wire
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -18,9 +19,8 @@ func TestAQueueIsAList(t *testing.T) {
 			var client bytes.Buffer // of both our own answers and, as the pipe writes them, the broker's
 			const most = 8
 			q := NewQueue[int](&client, most)
-			var model []string // what the client is owed, in order
-			var want bytes.Buffer
-			var pending []byte // handed to the pipe
+			var want bytes.Buffer // what the client is owed, in order
+			var pending []byte    // handed to the pipe
 			var inFlight int
 			flush := func() {
 				client.Write(pending)
@@ -44,7 +44,6 @@ func TestAQueueIsAList(t *testing.T) {
 					} else {
 						owed++
 					}
-					model = append(model, answer)
 					want.WriteString(answer)
 					if err := q.Push(e); err != nil {
 						t.Fatal(err)
@@ -105,7 +104,7 @@ func TestACloseEndsTheWaitsOfAQueue(t *testing.T) {
 	waits.Go(func() { errs[1] = q.WaitEmpty() })
 	q.Close()
 	waits.Wait()
-	if slices.ContainsFunc(errs, func(err error) bool { return err != ErrClosed }) {
+	if slices.ContainsFunc(errs, func(err error) bool { return !errors.Is(err, ErrClosed) }) {
 		t.Errorf("the waits ended with %v", errs)
 	}
 }
