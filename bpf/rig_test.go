@@ -181,7 +181,7 @@ func listen(t testing.TB, at string) *net.TCPListener {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = l.Close() })
-	return l.(*net.TCPListener) //nolint:errcheck // what it is for "tcp"
+	return l.(*net.TCPListener)
 }
 
 func portOf(l *net.TCPListener) uint16 { return netip.MustParseAddrPort(l.Addr().String()).Port() }

@@ -172,7 +172,7 @@ func (r *Redirect) listenAt(at netip.AddrPort) (*net.TCPListener, uint64, error)
 	if err != nil {
 		return nil, 0, fmt.Errorf("listen for redirected connections: %w", err)
 	}
-	return l.(*net.TCPListener), cookie, nil //nolint:errcheck // what it is for "tcp"
+	return l.(*net.TCPListener), cookie, nil
 }
 
 // control calls f with the file descriptor.

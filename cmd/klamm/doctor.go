@@ -118,8 +118,13 @@ func checkPrivileges() (string, error) {
 	for _, c := range []struct {
 		name string
 		bit  uint
-	}{{"CAP_NET_ADMIN", unix.CAP_NET_ADMIN}, {"CAP_SYS_PTRACE", unix.CAP_SYS_PTRACE}, {"CAP_SYS_ADMIN", unix.CAP_SYS_ADMIN},
-		{"CAP_PERFMON", unix.CAP_PERFMON}, {"CAP_BPF", unix.CAP_BPF}} {
+	}{
+		{"CAP_NET_ADMIN", unix.CAP_NET_ADMIN},
+		{"CAP_SYS_PTRACE", unix.CAP_SYS_PTRACE},
+		{"CAP_SYS_ADMIN", unix.CAP_SYS_ADMIN},
+		{"CAP_PERFMON", unix.CAP_PERFMON},
+		{"CAP_BPF", unix.CAP_BPF},
+	} {
 		if data[c.bit/32].Effective>>(c.bit%32)&1 == 0 {
 			missing = append(missing, c.name)
 		}

@@ -23,11 +23,11 @@ const (
 
 // Reasons are all reasons with what an operator can do, for the audit line and the counters.
 var Reasons = map[Reason]string{
-	NoIdentity:         "the process ended or changed while it was being identified; a client that retries will be identified anew",
+	NoIdentity:         "the process ended or changed while it was identified; a client that tries again is identified anew",
 	NoCluster:          "if this is a broker of yours, add it under clusters in klamm.yaml",
 	BrokerUnreachable:  "check the broker and the route to it from this host",
 	TooManyConnections: "raise limits.connections in klamm.yaml, or find the client that opens them",
-	TLSRefused:         "let the client speak plaintext to the node; TLS clients are refused until termination is configured",
+	TLSRefused:         "let the client speak plaintext to the node; what a TLS client says cannot be read",
 	BadFrame:           "the client does not speak Kafka, or sends frames above limits.max-frame",
 	UnknownAPI:         "the client uses an API key that Kafka does not have; nothing to do",
 	UnsupportedVersion: "the client ignored ApiVersions; upgrade it or the node",

@@ -99,7 +99,7 @@ func TestAFetchIsAuditedWithTheHashesOfItsBatches(t *testing.T) {
 				}
 				client.closeWrite()
 				client.drain()
-				if err := <-ended; err != nil {
+				if err := end(t, ended); err != nil {
 					t.Fatal(err)
 				}
 				var got []string
@@ -231,6 +231,9 @@ func TestASessionOfAnotherConnectionIsNotFound(t *testing.T) {
 		t.Fatal("no session")
 	}
 	thief, _ := newRig(t, ordersOnly).serve(t, addr)
+	if own := thief.ask(1, fetchRequest(12, 0, 0, "orders")).(*kmsg.FetchResponse); own.SessionID == 0 {
+		t.Fatal("no session of its own")
+	}
 	for _, topics := range [][]string{nil, {"orders"}, {"secret"}} {
 		resp := thief.ask(2, fetchRequest(12, opened.SessionID, 1, topics...)).(*kmsg.FetchResponse)
 		if resp.ErrorCode != kerr.FetchSessionIDNotFound.Code || len(resp.Topics) > 0 {
@@ -247,6 +250,30 @@ func TestRecordsThatWereNotAskedForAreNotPassedOn(t *testing.T) {
 	broker.answer(h, fetchAnswer(12, "secret", batch([]byte("a secret"))))
 	client.drain()
 	rig.wantRefusal(t, ended, audit.BadAnswer)
+}
+
+func TestARevocationMeetsTheAnswerThatIsUnderWay(t *testing.T) {
+	for _, version := range []int16{4, 12, 17} {
+		rig := newRig(t, everything)
+		rig.cluster.names[topicID("secret")] = "secret"
+		client, broker, ended := rig.serveScripted(t)
+		req := fetchRequest(version, 0, -1, "secret")
+		client.write(requestFrame(1, req))
+		h, _ := broker.request()
+		rig.shared.Policy.Store(parsePolicy(t, ordersOnly))
+		broker.answer(h, fetchAnswer(version, "secret", batch([]byte("a secret"))))
+		got := client.response(1, req).(*kmsg.FetchResponse).Topics[0].Partitions[0]
+		if got.ErrorCode != kerr.TopicAuthorizationFailed.Code || len(got.RecordBatches) > 0 {
+			t.Errorf("v%d: error %d and %d bytes of records", version, got.ErrorCode, len(got.RecordBatches))
+		}
+		broker.closeWrite()
+		if err := end(t, ended); err != nil {
+			t.Error(err)
+		}
+		if lines := rig.log.find(t, func(l auditLine) bool { return len(l.Batches) > 0 }); len(lines) > 0 {
+			t.Errorf("v%d: the audit tells of records: %+v", version, lines)
+		}
+	}
 }
 
 func TestAFetchAnswerThatLiesEndsTheConnection(t *testing.T) {
@@ -285,7 +312,7 @@ func TestACutBatchIsPassedOnAndIsNoEvidence(t *testing.T) {
 			t.Errorf("cut at %d: %d bytes of records arrived, %d were sent", n, len(got), len(sent))
 		}
 		broker.closeWrite()
-		if err := <-ended; err != nil {
+		if err := end(t, ended); err != nil {
 			t.Errorf("cut at %d: %v", n, err)
 		}
 		lines := rig.log.find(t, func(l auditLine) bool { return l.API == "Fetch" && l.Batches != nil })

@@ -14,6 +14,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/twmb/franz-go/pkg/kfake"
@@ -174,7 +175,11 @@ type peer struct {
 }
 
 func newPeer(t testing.TB, c net.Conn) *peer {
+	t.Helper()
 	t.Cleanup(func() { _ = c.Close() })
+	if err := c.SetDeadline(time.Now().Add(patience)); err != nil {
+		t.Fatal(err)
+	}
 	return &peer{c, t, bufio.NewReader(c)}
 }
 
@@ -320,7 +325,7 @@ func (a *auditLines) find(t testing.TB, match func(auditLine) bool) []auditLine 
 func (r *rig) wantRefusal(t testing.TB, ended <-chan error, reason audit.Reason) {
 	t.Helper()
 	var refusal *Error
-	if err := <-ended; !errors.As(err, &refusal) || refusal.Reason != reason {
+	if err := end(t, ended); !errors.As(err, &refusal) || refusal.Reason != reason {
 		t.Errorf("the session ended with %v, not refused as %q", err, reason)
 	}
 	lines := r.log.find(t, func(l auditLine) bool { return l.Event == "refusal" })
@@ -329,10 +334,25 @@ func (r *rig) wantRefusal(t testing.TB, ended <-chan error, reason audit.Reason)
 	}
 }
 
-// logEnd waits for a session that may end in more than one way.
+// patience bounds every wait, so that a failure ends in a message.
+const patience = 30 * time.Second
+
+// end waits for the end of a session.
+func end(t testing.TB, ended <-chan error) error {
+	t.Helper()
+	select {
+	case err := <-ended:
+		return err
+	case <-time.After(patience):
+		t.Fatal("the session does not end")
+		return nil
+	}
+}
+
+// logEnd is end for a session that may end in more than one way.
 func logEnd(t testing.TB, ended <-chan error) {
 	t.Helper()
-	if err := <-ended; err != nil {
+	if err := end(t, ended); err != nil {
 		t.Logf("the session ended: %v", err)
 	}
 }

@@ -146,7 +146,7 @@ func TestAnswersComeInTheOrderOfTheRequests(t *testing.T) {
 			if b, err := client.frame(); !errors.Is(err, io.EOF) {
 				t.Errorf("after the last answer came %d bytes and %v, not the end", len(b), err)
 			}
-			if err := errors.Join(<-sent, <-played, <-ended); err != nil {
+			if err := errors.Join(<-sent, <-played, end(t, ended)); err != nil {
 				t.Error(err)
 			}
 		})
@@ -310,7 +310,7 @@ func TestAClientThatEndsItsSideGetsAllAnswers(t *testing.T) {
 	if _, err := client.frame(); !errors.Is(err, io.EOF) {
 		t.Errorf("the answers end with %v", err)
 	}
-	if err := <-ended; err != nil {
+	if err := end(t, ended); err != nil {
 		t.Error(err)
 	}
 	if n := len(rig.log.find(t, isOperation("Produce"))); n < requests {
@@ -338,7 +338,7 @@ func TestWhatABrokerNeverAnsweredIsAuditedAsUnknown(t *testing.T) {
 	if n := client.drain(); n != 0 {
 		t.Errorf("the client got %d bytes after the broker's end", n)
 	}
-	if err := <-ended; err != nil {
+	if err := end(t, ended); err != nil {
 		t.Errorf("a broker's end is %v", err)
 	}
 	unknown := rig.log.find(t, func(l auditLine) bool { return l.Outcome == "unknown" })
@@ -403,7 +403,7 @@ func TestAProduceIsAuditedWithTheHashOfWhatWasSent(t *testing.T) {
 		}
 		client.closeWrite()
 		client.drain()
-		if err := <-ended; err != nil {
+		if err := end(t, ended); err != nil {
 			t.Fatal(err)
 		}
 		lines := rig.log.find(t, func(l auditLine) bool { return l.API == "Produce" && l.Topic == "orders" })
@@ -453,7 +453,7 @@ func TestALargeFrameGivesItsMemoryBack(t *testing.T) {
 	}
 	client.closeWrite()
 	broker.closeWrite()
-	if err := <-ended; err != nil {
+	if err := end(t, ended); err != nil {
 		t.Error(err)
 	}
 	if err := rig.shared.Requests.Acquire(budget); err != nil {
@@ -519,6 +519,7 @@ func TestASlowReaderStopsTheWriter(t *testing.T) {
 // An answer the broker never gives must not keep what stands behind it in memory without bound: past 256 requests in
 // flight the client is not read.
 func TestRequestsInFlightAreBounded(t *testing.T) {
+	const maxInFlight = 256
 	rig := newRig(t, ordersOnly)
 	client, broker, ended := rig.serveScripted(t)
 	go func() {
@@ -534,6 +535,15 @@ func TestRequestsInFlightAreBounded(t *testing.T) {
 		var h wire.Header
 		h, req = broker.request()
 		headers = append(headers, h)
+	}
+	if err := broker.SetReadDeadline(time.Now().Add(200 * time.Millisecond)); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := broker.in.Peek(1); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("beyond %d requests in flight came %x, %v", maxInFlight, b, err)
+	}
+	if err := broker.SetReadDeadline(time.Now().Add(patience)); err != nil {
+		t.Fatal(err)
 	}
 	for i := range 4 * maxInFlight {
 		broker.answer(headers[0], produceAnswer(req.(*kmsg.ProduceRequest), int64(i)))
@@ -557,7 +567,7 @@ func TestTheEndOfTheNodeEndsTheSession(t *testing.T) {
 	ended := make(chan error, 1)
 	go func() { ended <- Serve(ctx, rig.shared, rig.conn(served, dialled)) }()
 	stop()
-	if err := <-ended; err != nil {
+	if err := end(t, ended); err != nil {
 		t.Error(err)
 	}
 	if n := newPeer(t, client).drain() + newPeer(t, broker).drain(); n != 0 {

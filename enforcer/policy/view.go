@@ -55,8 +55,8 @@ func (v *View) DecideAny(t kmsg.ACLResourceType, op kmsg.ACLOperation) Decision 
 	return v.decisions[tree.any[op]]
 }
 
-// DecideAll tells whether op is allowed on every resource of the type, those that do not exist yet included. Where it is
-// not, the decision is that of one that is refused.
+// DecideAll tells whether op is allowed on every resource of the type, those that do not exist yet included. Where it
+// is not, the decision is that of one that is refused.
 func (v *View) DecideAll(t kmsg.ACLResourceType, op kmsg.ACLOperation) Decision {
 	tree := v.tree(t, op)
 	if tree == nil {

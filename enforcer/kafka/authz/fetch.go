@@ -185,7 +185,8 @@ func (m *FetchSession) upstreamHas(key string, partition int32) bool {
 	return p != nil && p.refused == 0
 }
 
-func (m *FetchSession) put(version int16, t *kmsg.FetchRequestTopic, r *kmsg.FetchRequestTopicPartition, refused int16) *fetchPart {
+func (m *FetchSession) put(version int16, t *kmsg.FetchRequestTopic, r *kmsg.FetchRequestTopicPartition,
+	refused int16) *fetchPart {
 	key := fetchKey(version, t.Topic, t.TopicID)
 	parts := m.parts[key]
 	if parts == nil {

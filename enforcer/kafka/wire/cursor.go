@@ -77,14 +77,14 @@ func (c *Cursor) Length() int {
 	return int(c.I32())
 }
 
-// Array reads an array's length, refusing one that the remaining bytes cannot hold at min bytes each; null counts as
-// empty.
-func (c *Cursor) Array(min int) int {
+// Array reads an array's length, refusing one whose elements, of at least so many bytes each, the remaining bytes
+// cannot hold; null counts as empty.
+func (c *Cursor) Array(least int) int {
 	n := c.Length()
 	if n <= 0 {
 		return 0
 	}
-	if n > (len(c.B)-c.Off)/min {
+	if n > (len(c.B)-c.Off)/least {
 		c.Bad, c.Off = true, len(c.B)
 		return 0
 	}
@@ -93,7 +93,7 @@ func (c *Cursor) Array(min int) int {
 
 // String reads a (compact) nullable string; null is nil.
 func (c *Cursor) String() []byte {
-	n := int(-1)
+	var n int
 	if c.Flex {
 		n = int(c.Uvarint()) - 1
 	} else {

@@ -90,7 +90,7 @@ func (p *Pipe) need(n int) ([]byte, error) {
 			return nil, err
 		}
 		if err := p.fill(); err != nil {
-			if err == io.EOF && p.w > p.r {
+			if errors.Is(err, io.EOF) && p.w > p.r {
 				err = io.ErrUnexpectedEOF
 			}
 			return nil, err
@@ -233,22 +233,20 @@ func (p *Pipe) tryRead(fd uintptr) bool {
 	if p.buf == nil {
 		p.buf = getBuffer(0)
 	}
-	for {
-		p.n, p.err = unix.Read(int(fd), (*p.buf)[p.w:])
-		switch {
-		case p.err == unix.EINTR:
-			continue
-		case p.err == unix.EAGAIN:
-			if p.r == p.w {
-				p.r, p.w = 0, 0
-				p.release()
-			}
-			return false
-		case p.err != nil:
-			p.n = 0
-		case p.n == 0:
-			p.err = io.EOF
-		}
-		return true
+	n, err := unix.Read(int(fd), (*p.buf)[p.w:])
+	for errors.Is(err, unix.EINTR) {
+		n, err = unix.Read(int(fd), (*p.buf)[p.w:])
 	}
+	switch {
+	case errors.Is(err, unix.EAGAIN):
+		if p.r == p.w {
+			p.r, p.w = 0, 0
+			p.release()
+		}
+		return false
+	case err == nil && n == 0:
+		err = io.EOF
+	}
+	p.n, p.err = max(n, 0), err
+	return true
 }

@@ -29,9 +29,9 @@ type Budget struct {
 	max int64
 }
 
-// NewBudget makes a budget of max bytes.
-func NewBudget(max int64) *Budget {
-	return &Budget{sem: semaphore.NewWeighted(max), max: max}
+// NewBudget makes a budget of so many bytes.
+func NewBudget(bytes int64) *Budget {
+	return &Budget{sem: semaphore.NewWeighted(bytes), max: bytes}
 }
 
 // Acquire takes n bytes, waiting for others to give theirs back: that is the back pressure. It fails with ErrBudget when

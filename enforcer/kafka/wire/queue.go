@@ -33,9 +33,9 @@ type Queue[T any] struct {
 	closed bool
 }
 
-// NewQueue makes a queue of at most max entries that writes our own answers to client.
-func NewQueue[T any](client io.Writer, max int) *Queue[T] {
-	q := &Queue[T]{client: client, max: max, ring: make([]*Entry[T], 4)}
+// NewQueue makes a queue of at most limit entries that writes our own answers to client.
+func NewQueue[T any](client io.Writer, limit int) *Queue[T] {
+	q := &Queue[T]{client: client, max: limit, ring: make([]*Entry[T], 4)}
 	q.change.L = &q.mu
 	return q
 }

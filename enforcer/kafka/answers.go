@@ -1,0 +1,170 @@
+package kafka
+
+import (
+	"encoding/binary"
+
+	"github.com/twmb/franz-go/pkg/kerr"
+	"github.com/twmb/franz-go/pkg/kmsg"
+
+	"klamm/enforcer/audit"
+	"klamm/enforcer/kafka/authz"
+	"klamm/enforcer/kafka/wire"
+)
+
+// answers is the loop from broker to client.
+func (s *session) answers() error {
+	for {
+		b, err := s.down.Need(wire.SizePrefix + 4)
+		if err != nil {
+			return fromPipe(err)
+		}
+		size, sequence := int(int32(binary.BigEndian.Uint32(b))), int32(binary.BigEndian.Uint32(b[wire.SizePrefix:]))
+		e := s.queue.Next()
+		for e != nil && e.Ours != nil {
+			s.down.Emit(e.Ours)
+			s.queue.Done()
+			e = s.queue.Next()
+		}
+		if e == nil || sequence != e.V.sequence || size < 4 {
+			return refuse(audit.BadAnswer, "the broker sent %d bytes for request %d, which is not the next one", size, sequence)
+		}
+		binary.BigEndian.PutUint32(b[wire.SizePrefix:], uint32(e.V.Correlation))
+		if err := s.broker(&e.V, wire.SizePrefix+size); err != nil {
+			return err
+		}
+		s.queue.Done()
+	}
+}
+
+// broker handles one answer of n bytes.
+func (s *session) broker(p *pending, n int) error {
+	k := p.kind
+	if k == fetched && p.view != s.view() {
+		k, p.edit = edited, func(c *authz.Ctx, r kmsg.Response) { authz.FilterFetch(c, r.(*kmsg.FetchResponse)) }
+		p.view = s.view()
+		p.ctx = &authz.Ctx{View: p.view, Topics: s.conn.Cluster}
+	}
+	switch k {
+	case fetched:
+		return s.streamFetch(p, n)
+	case relay:
+		if err := s.stream(n); err != nil {
+			return err
+		}
+		s.auditChecks(s.downTrail, p, audit.Allow)
+		return nil
+	}
+	frame, err := s.down.Need(n)
+	if err != nil {
+		return fromPipe(err)
+	}
+	if p.edit != nil {
+		if frame, err = s.edit(p, frame); err != nil {
+			return err
+		}
+		s.down.Drop(n)
+		s.down.Emit(frame)
+	}
+	body := frame[min(len(frame), wire.ResponseHeaderLen(p.Key, p.Version)):]
+	switch p.kind {
+	case acked:
+		s.auditProduce(s.downTrail, p, body)
+	case login:
+		s.loggedIn(body)
+		s.auditChecks(s.downTrail, p, audit.Allow)
+	case learned:
+		_, weight, err := s.decode(p, frame)
+		s.Decoded.Release(weight)
+		if err != nil {
+			return err
+		}
+		s.auditChecks(s.downTrail, p, audit.Allow)
+	default:
+		if p.Key == int16(kmsg.Fetch) {
+			if err := s.auditFetch(p, body); err != nil {
+				return err
+			}
+		}
+		s.auditChecks(s.downTrail, p, audit.Allow)
+	}
+	if p.edit == nil {
+		s.down.Pass(n)
+	}
+	return nil
+}
+
+// edit decodes an answer, lets the verdict change it, and encodes it anew.
+func (s *session) edit(p *pending, frame []byte) ([]byte, error) {
+	resp, weight, err := s.decode(p, frame)
+	defer s.Decoded.Release(weight)
+	if err != nil {
+		return nil, err
+	}
+	checks := len(p.ctx.Checks)
+	p.ctx.Missing, p.ctx.Resolved = nil, false
+	p.edit(p.ctx, resp)
+	if len(p.ctx.Missing) > 0 {
+		s.resolve(p.ctx)
+		p.ctx.Checks = p.ctx.Checks[:checks]
+		again, weight, err := s.decode(p, frame)
+		defer s.Decoded.Release(weight)
+		if err != nil {
+			return nil, err
+		}
+		p.edit(p.ctx, again)
+		resp = again
+	}
+	return wire.AppendResponse(nil, p.Correlation, resp), nil
+}
+
+// decode reads a whole answer; what it says of topic ids is taken up. The weight is what it holds of the budget, also
+// when it fails.
+func (s *session) decode(p *pending, frame []byte) (resp kmsg.Response, weight int64, err error) {
+	c := wire.Cursor{B: frame, Off: wire.SizePrefix + 4}
+	c.Flex = wire.ResponseHeaderLen(p.Key, p.Version) > c.Off
+	c.SkipTags()
+	if c.Bad {
+		return nil, 0, refuse(audit.BadAnswer, "%s v%d: no response header", apiName(p.Key), p.Version)
+	}
+	body := frame[c.Off:]
+	req := kmsg.RequestForKey(p.Key)
+	req.SetVersion(p.Version)
+	if refusesVersion(p.Key, body) {
+		req.SetVersion(0)
+	}
+	if weight, err = wire.CheckResponse(p.Key, req.GetVersion(), body); err != nil {
+		return nil, 0, &Error{audit.BadAnswer, err}
+	}
+	if weight += int64(len(frame)); weight <= wire.BaseBuffer {
+		weight = 0
+	} else if err = s.Decoded.Acquire(weight); err != nil {
+		return nil, 0, &Error{audit.OutOfMemory, err}
+	}
+	resp = req.ResponseKind()
+	if err = resp.ReadFrom(body); err != nil {
+		return nil, weight, refuse(audit.BadAnswer, "%s v%d of %d bytes: %w", apiName(p.Key), p.Version, len(frame), err)
+	}
+	if m, ok := resp.(*kmsg.MetadataResponse); ok {
+		s.conn.Cluster.Learn(m)
+	}
+	return resp, weight, nil
+}
+
+// refusesVersion: a broker that does not know the ApiVersions version it is asked in answers in version 0 (KIP-511).
+func refusesVersion(key int16, body []byte) bool {
+	return key == int16(kmsg.ApiVersions) && len(body) >= 2 &&
+		int16(binary.BigEndian.Uint16(body)) == kerr.UnsupportedVersion.Code
+}
+
+// stream passes n bytes as they come.
+func (s *session) stream(n int) error {
+	for n > 0 {
+		if _, err := s.down.Need(1); err != nil {
+			return fromPipe(err)
+		}
+		k := min(n, s.down.Buffered())
+		s.down.Pass(k)
+		n -= k
+	}
+	return nil
+}

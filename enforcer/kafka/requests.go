@@ -1,0 +1,233 @@
+package kafka
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+
+	"github.com/twmb/franz-go/pkg/kmsg"
+
+	"klamm/enforcer/audit"
+	"klamm/enforcer/kafka/authz"
+	"klamm/enforcer/kafka/wire"
+	"klamm/enforcer/policy"
+)
+
+// requests is the loop from client to broker.
+func (s *session) requests() error {
+	for {
+		b, err := s.up.Need(wire.SizePrefix)
+		if err != nil {
+			return fromPipe(err)
+		}
+		size := int(int32(binary.BigEndian.Uint32(b)))
+		if size < wire.MinRequest || size > s.MaxFrame {
+			return s.notKafka(b, size)
+		}
+		frame, err := s.up.Need(wire.SizePrefix + size)
+		if err != nil {
+			return fromPipe(err)
+		}
+		h, err := wire.ParseHeader(frame[wire.SizePrefix:])
+		if err != nil {
+			return &Error{audit.BadFrame, err}
+		}
+		if err := s.request(frame, h); err != nil {
+			return errors.Join(err, s.up.Flush()) // what was judged before still goes
+		}
+	}
+}
+
+// notKafka refuses what does not begin like a request. A TLS client hears an alert it can show.
+func (s *session) notKafka(b []byte, size int) error {
+	const handshake, alert, fatal, accessDenied = 0x16, 0x15, 2, 49 // RFC 8446, 5.1 and 6
+	if b[0] == handshake && b[1] == 3 {
+		_, err := s.conn.Client.Write([]byte{alert, 3, 3, 0, 2, fatal, accessDenied})
+		return errors.Join(refuse(audit.TLSRefused, "the client speaks TLS"), err)
+	}
+	return refuse(audit.BadFrame, "a frame of %d bytes; the limit is %d", size, s.MaxFrame)
+}
+
+// request decides one frame and sends on what may pass.
+func (s *session) request(frame []byte, h wire.Header) error {
+	if string(h.ClientID) != s.clientID {
+		s.clientID = string(h.ClientID)
+	}
+	if h.Key > kmsg.MaxKey || apiNames[h.Key] == "" {
+		return refuse(audit.UnknownAPI, "API key %d", h.Key)
+	}
+	e := s.queue.New()
+	e.V.reset(h, s.clientID)
+	api := &authz.Table[h.Key]
+	if api.Decide == nil || h.Version < api.Min || h.Version > api.Max {
+		return s.unsupported(e, frame)
+	}
+	view := s.view()
+	switch kmsg.Key(h.Key) {
+	case kmsg.Produce:
+		if s.produceInPlace(e, frame, view) {
+			return s.forward(e, frame)
+		}
+	case kmsg.Fetch:
+		s.ctx.View, s.ctx.Fetch = view, s.fetchSes
+		if authz.FetchInPlace(s.ctx, h.Version, frame[wire.SizePrefix+h.Len:], s.allowed) {
+			s.fetchSes = s.ctx.Fetch
+			e.V.kind, e.V.fetch, e.V.view = fetched, s.fetchSes, view
+			return s.forward(e, frame)
+		}
+	}
+	return s.decide(e, frame, view)
+}
+
+// decide is the way of every request that is not decided in place: decode, ask the handler, act on its verdict.
+func (s *session) decide(e *wire.Entry[pending], frame []byte, view *policy.View) error {
+	h := e.V.Header
+	weight, err := wire.CheckRequest(h.Key, h.Version, frame[wire.SizePrefix+h.Len:])
+	if err != nil {
+		return &Error{audit.Undecodable, err}
+	}
+	if weight = weight*handledRequest + int64(len(frame))*copiedRequest; weight > wire.BaseBuffer {
+		if err := s.Decoded.Acquire(weight); err != nil {
+			return &Error{audit.OutOfMemory, err}
+		}
+		defer s.Decoded.Release(weight)
+	}
+	// A copy, because a verdict may keep parts of the request until the answer comes.
+	body := append([]byte(nil), frame[wire.SizePrefix+h.Len:]...)
+	req := kmsg.RequestForKey(h.Key)
+	req.SetVersion(h.Version)
+	if err := req.ReadFrom(body); err != nil {
+		return refuse(audit.Undecodable, "%s v%d of %d bytes: %w", apiName(h.Key), h.Version, len(body), err)
+	}
+	ctx := &authz.Ctx{View: view, Topics: s.conn.Cluster, Fetch: s.fetchSes, AutoCreate: s.conn.AutoCreate}
+	v := authz.Table[h.Key].Decide(ctx, req)
+	if len(ctx.Missing) > 0 {
+		if err := s.up.Flush(); err != nil {
+			return err
+		}
+		s.resolve(ctx)
+		ctx.Checks = nil
+		v = authz.Table[h.Key].Decide(ctx, req)
+	}
+	if h.Key == int16(kmsg.Fetch) {
+		s.fetchSes = ctx.Fetch
+	}
+	e.V.ctx, e.V.edit = ctx, v.Edit
+
+	switch {
+	case v.Close != "":
+		s.auditChecks(s.upTrail, &e.V, audit.Allow)
+		return refuse(audit.Denied, "%s", v.Close)
+	case v.Answer != nil:
+		return s.answer(e, frame, v.Answer, audit.Allow)
+	}
+	if v.Edit != nil {
+		e.V.kind = edited
+	}
+	out := frame
+	if v.Forward != nil {
+		out = wire.AppendRequest(nil, frame[wire.SizePrefix:wire.SizePrefix+h.Len], 0, v.Forward)
+	} else if canonical := req.AppendTo(nil); string(canonical) != string(frame[wire.SizePrefix+h.Len:]) {
+		// Bytes that say more than what was decoded, or say it twice, are not forwarded: the broker gets what was judged.
+		out = wire.AppendRequest(nil, frame[wire.SizePrefix:wire.SizePrefix+h.Len], 0, req)
+	}
+	switch kmsg.Key(h.Key) {
+	case kmsg.Produce:
+		if !s.produceEvidence(e, out, view) {
+			return refuse(audit.Undecodable, "Produce v%d with record batches that are not of magic 2", h.Version)
+		}
+	case kmsg.Fetch:
+		e.V.fetch, e.V.view = ctx.Fetch, view
+		if v.Edit == nil {
+			e.V.kind = fetched
+		}
+	case kmsg.Metadata:
+		if v.Edit == nil {
+			e.V.kind = learned
+		}
+	case kmsg.SASLHandshake:
+		s.sasl.handshake(req.(*kmsg.SASLHandshakeRequest))
+	case kmsg.SASLAuthenticate:
+		e.V.kind = login
+		s.sasl.authenticate(req.(*kmsg.SASLAuthenticateRequest).SASLAuthBytes)
+		defer clear(body)
+	}
+	if err := s.send(e, frame, out); err != nil {
+		return err
+	}
+	if v.Barrier {
+		if err := s.up.Flush(); err != nil {
+			return err
+		}
+		if h.Key == int16(kmsg.SASLAuthenticate) {
+			clear(frame) // a password may stand in it
+		}
+		if err := s.queue.WaitEmpty(); err != nil {
+			return err
+		}
+		s.upTrail.Become(s.conn.Subject)
+	}
+	return nil
+}
+
+// resolve looks up the ids a handler missed. A cluster that does not answer leaves them unknown, and so refused.
+func (s *session) resolve(c *authz.Ctx) {
+	ctx, cancel := context.WithTimeout(context.Background(), resolveTimeout)
+	defer cancel()
+	_ = s.conn.Cluster.Resolve(ctx, c.Missing)
+	c.Missing, c.Resolved = nil, true
+}
+
+// unsupported answers a key or version that is hidden from ApiVersions.
+func (s *session) unsupported(e *wire.Entry[pending], frame []byte) error {
+	resp := authz.Unsupported(e.V.Key, e.V.Version)
+	if resp == nil {
+		return refuse(audit.UnknownAPI, "%s v%d", apiName(e.V.Key), e.V.Version)
+	}
+	s.Metrics.Refuse(audit.UnsupportedVersion)
+	e.V.ctx = &authz.Ctx{}
+	return s.answer(e, frame, resp, audit.Deny)
+}
+
+// answer gives our own answer in its turn; the verdict is at least the one given, and what the checks say.
+func (s *session) answer(e *wire.Entry[pending], frame []byte, resp kmsg.Response, verdict audit.Verdict) error {
+	s.auditChecks(s.upTrail, &e.V, verdict)
+	if err := s.upTrail.Flush(); err != nil {
+		return &Error{audit.AuditFailed, err}
+	}
+	e.Ours = wire.AppendResponse(nil, e.V.Correlation, resp)
+	s.up.Drop(len(frame))
+	return s.push(e)
+}
+
+func (s *session) push(e *wire.Entry[pending]) error {
+	if s.queue.Full() {
+		if err := s.up.Flush(); err != nil {
+			return err
+		}
+	}
+	return s.queue.Push(e)
+}
+
+// forward sends a frame on as it came.
+func (s *session) forward(e *wire.Entry[pending], frame []byte) error { return s.send(e, frame, frame) }
+
+// send forwards out, which is the frame itself or stands in for it.
+func (s *session) send(e *wire.Entry[pending], frame, out []byte) error {
+	e.V.sequence = s.sequence
+	s.sequence++
+	binary.BigEndian.PutUint32(out[wire.CorrelationAt:], uint32(e.V.sequence))
+	if e.V.kind == acked && e.V.produce.acks == 0 {
+		s.auditProduce(s.upTrail, &e.V, nil)
+		s.queue.Free(e)
+	} else if err := s.push(e); err != nil {
+		return err
+	}
+	if &out[0] == &frame[0] {
+		s.up.Pass(len(frame))
+		return nil
+	}
+	s.up.Drop(len(frame))
+	s.up.Emit(out)
+	return nil
+}
