@@ -46,6 +46,8 @@ func runNode(ctx context.Context, config node.Config, log zerolog.Logger) error 
 	if err != nil {
 		return err
 	}
+	// When nobody reads the audit any more, writing it must fail, and connections with it, and not this process.
+	signal.Ignore(syscall.SIGPIPE)
 	hangup := make(chan os.Signal, 1)
 	defer close(hangup)
 	signal.Notify(hangup, syscall.SIGHUP)

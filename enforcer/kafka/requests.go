@@ -192,8 +192,8 @@ func (s *session) unsupported(e *wire.Entry[pending], frame []byte) error {
 // answer gives our own answer in its turn; the verdict is at least the one given, and what the checks say.
 func (s *session) answer(e *wire.Entry[pending], frame []byte, resp kmsg.Response, verdict audit.Verdict) error {
 	s.auditChecks(s.upTrail, &e.V, verdict)
-	if err := s.upTrail.Flush(); err != nil {
-		return &Error{audit.AuditFailed, err}
+	if err := onRecord(s.upTrail)(); err != nil {
+		return err
 	}
 	e.Ours = wire.AppendResponse(nil, e.V.Correlation, resp)
 	s.up.Drop(len(frame))

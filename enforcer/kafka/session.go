@@ -111,8 +111,8 @@ func Serve(ctx context.Context, shared *Shared, c Conn) error {
 	s.allowed = s.mayRead
 	s.fetch.init()
 	s.queue = wire.NewQueue[pending](c.Client, maxInFlight)
-	s.up = wire.NewPipe(c.Client, c.Broker, shared.Requests, s.upTrail.Flush, nil)
-	s.down = wire.NewPipe(c.Broker, c.Client, shared.Answers, s.downTrail.Flush, s.queue.Written)
+	s.up = wire.NewPipe(c.Client, c.Broker, shared.Requests, onRecord(s.upTrail), nil)
+	s.down = wire.NewPipe(c.Broker, c.Client, shared.Answers, onRecord(s.downTrail), s.queue.Written)
 	shared.Metrics.open.Inc()
 	defer shared.Metrics.open.Dec()
 
@@ -131,6 +131,16 @@ func Serve(ctx context.Context, shared *Shared, c Conn) error {
 	s.up.Close()
 	s.down.Close()
 	return err
+}
+
+// onRecord writes the lines of what is about to happen; an error keeps it from happening.
+func onRecord(t *audit.Trail) func() error {
+	return func() error {
+		if err := t.Flush(); err != nil {
+			return &Error{audit.AuditFailed, err}
+		}
+		return nil
+	}
 }
 
 // guard turns a panic of a loop into an error: a defect ends its connection, not the node.
@@ -171,15 +181,17 @@ func (s *session) finish(up, down error) error {
 	if !errors.As(up, &refusal) && (errors.As(down, &refusal) || isOrderly(up)) {
 		err = down
 	}
-	if errors.As(err, &refusal) {
+	switch {
+	case errors.As(err, &refusal):
 		s.Metrics.Refuse(refusal.Reason)
 		s.upTrail.Line("refusal", audit.Deny).Str("reason", string(refusal.Reason)).Str("error", refusal.Error()).
 			Str("hint", audit.Reasons[refusal.Reason]).Send()
-	} else if isOrderly(err) {
+	case isOrderly(err):
 		err = nil
 	}
-	if ferr := errors.Join(s.upTrail.Flush(), s.downTrail.Flush()); ferr != nil {
-		return &Error{audit.AuditFailed, ferr}
+	if lost := errors.Join(onRecord(s.upTrail)(), onRecord(s.downTrail)()); lost != nil && err == nil {
+		s.Metrics.Refuse(audit.AuditFailed)
+		err = lost
 	}
 	return err
 }
