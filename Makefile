@@ -28,6 +28,7 @@ test: ## unit tests under the race detector, real kernel hooks, a lean pass over
 	$(setup) go gcc kafka
 	go vet ./...
 	go test -race -timeout 15m ./...
+	go test -run SteadyState ./enforcer/kafka # counts allocations, which the race detector changes
 
 lint: ## golangci-lint, and that the committed eBPF objects are what their sources give
 	$(setup) lint clang

@@ -147,10 +147,17 @@ func (r *results) quantities(b *strings.Builder) {
 func (r *results) comparisons(b *strings.Builder) {
 	b.WriteString("\n| ratio, by round | median | 95 % | aim |\n|---|---|---|---|\n")
 	for _, c := range comparisons {
-		if ratios := r.ratios(c); len(ratios) > 0 {
-			e := estimated(ratios)
-			fmt.Fprintf(b, "| %s | %.2f | %.2f to %.2f | %s |\n", c.title, e.median, e.low, e.high, c.goal)
+		ours := r.values(c.load, klammItself, c.of, c.added)
+		theirs := r.values(c.load, c.over, c.of, c.added)
+		if len(ours) == 0 {
+			continue
 		}
+		if estimated(theirs).low <= 0 { // a ratio to what may be nothing says nothing
+			fmt.Fprintf(b, "| %s | – | the %s adds nothing that can be told from noise | %s |\n", c.title, c.over, c.goal)
+			continue
+		}
+		e := estimated(ratios(ours, theirs))
+		fmt.Fprintf(b, "| %s | %.2f | %.2f to %.2f | %s |\n", c.title, e.median, e.low, e.high, c.goal)
 	}
 }
 
@@ -164,13 +171,13 @@ func (c *connects) sentence() string {
 		c.Direct, c.Redirected, c.Foreign, c.ForeignRedirected, strings.Join(programs, ", "))
 }
 
-func (r *results) ratios(c comparison) []float64 {
-	ours := r.values(c.load, klammItself, c.of, c.added)
-	theirs := r.values(c.load, c.over, c.of, c.added)
+// ratios divides what was measured in the same round.
+func ratios(ours, theirs []float64) []float64 {
+	all := make([]float64, len(ours))
 	for i := range ours {
-		ours[i] /= theirs[i]
+		all[i] = ours[i] / theirs[i]
 	}
-	return ours
+	return all
 }
 
 const (

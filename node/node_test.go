@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/rs/zerolog"
@@ -58,9 +59,17 @@ func topics(t *testing.T, conn net.Conn) (names []string) {
 	return names
 }
 
-// wantReset fails unless the other side has reset the connection without a byte.
-func wantReset(t *testing.T, conn net.Conn) {
+// wantReset fails unless a connection is reset without a byte. The reset may come before connect(2) returns.
+func wantReset(t *testing.T, w *stage.Workload, address string) {
 	t.Helper()
+	conn, err := w.DialContext(t.Context(), "tcp", address)
+	if errors.Is(err, unix.ECONNRESET) {
+		return
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
 	if got, err := stage.End(conn); !errors.Is(err, unix.ECONNRESET) || len(got) > 0 {
 		t.Errorf("the client reads %q, %v, not a reset", got, err)
 	}
@@ -97,10 +106,10 @@ func TestThePolicyDecidesByTheUserWhoConnects(t *testing.T) {
 }
 
 func TestABrokerThatIsDownLooksLikeOne(t *testing.T) {
-	down := stage.FreeAddr(t)
+	down := stage.DownAddr(t)
 	n := stage.Start(t, down, stage.OrdersOnly, nil)
 	w := n.Workload(stage.OrdersUID)
-	wantReset(t, w.Dial(t, down))
+	wantReset(t, w, down)
 	if l := n.AwaitRefusals(1, "broker_unreachable")[0]; l.Destination != down || !strings.Contains(l.Error, "refused") {
 		t.Errorf("the audit says %+v", l)
 	}
@@ -122,7 +131,7 @@ func TestAWorkloadsOwnBrokerIsRefused(t *testing.T) {
 	n.AwaitReady()
 	w := n.Workload(stage.OrdersUID)
 	address := fmt.Sprintf("127.0.0.2:%d", broker.Port())
-	wantReset(t, w.Dial(t, address))
+	wantReset(t, w, address)
 	if l := n.AwaitRefusals(1, "no_cluster")[0]; l.Destination != address || l.SPIFFE != stage.Orders || l.Cluster != "" {
 		t.Errorf("the audit says %+v", l)
 	}
@@ -160,15 +169,18 @@ func TestConnectionsAreLimited(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	wantReset(t, w.Dial(t, broker.Addr()))
+	wantReset(t, w, broker.Addr())
 	n.AwaitRefusals(1, "too_many_connections")
 	if err := served[0].Close(); err != nil {
 		t.Fatal(err)
 	}
 	stage.Await(t, "room for another connection", func() bool {
-		conn := w.Dial(t, broker.Addr())
+		conn, err := w.DialContext(t.Context(), "tcp", broker.Addr())
+		if err != nil {
+			return false
+		}
 		defer func() { _ = conn.Close() }()
-		_, err := stage.Ask(conn, stage.Hello())
+		_, err = stage.Ask(conn, stage.Hello())
 		return err == nil
 	})
 	if _, err := stage.Ask(served[1], stage.Hello()); err != nil {
@@ -339,6 +351,40 @@ func TestASASLPrincipalCountsOnceTheBrokerHasAcceptedIt(t *testing.T) {
 		if strings.Contains(string(audit)+n.Log.String(), secret) {
 			t.Errorf("the password %q is on record", secret)
 		}
+	}
+}
+
+func TestAPrincipalThatTheBrokerRefusedIsNone(t *testing.T) {
+	broker := stage.StartBroker(t)
+	// A broker that lets the client go on after a failed login, as Kafka does not.
+	var code atomic.Int32
+	broker.ControlKey(int16(kmsg.SASLHandshake), func(kmsg.Request) (kmsg.Response, error, bool) {
+		broker.KeepControl()
+		resp := kmsg.NewPtrSASLHandshakeResponse()
+		resp.Version = 1
+		return resp, nil, true
+	})
+	broker.ControlKey(int16(kmsg.SASLAuthenticate), func(kmsg.Request) (kmsg.Response, error, bool) {
+		broker.KeepControl()
+		resp := kmsg.NewPtrSASLAuthenticateResponse()
+		resp.ErrorCode = int16(code.Load())
+		return resp, nil, true
+	})
+	n := stage.Start(t, broker.Addr(), aliceOnly, nil)
+	conn := n.Workload(stage.OrdersUID).Dial(t, broker.Addr())
+	code.Store(int32(kerr.SaslAuthenticationFailed.Code))
+	if err := login(t, conn, "alice", "guessed"); !errors.Is(err, kerr.SaslAuthenticationFailed) {
+		t.Errorf("the client is told %v", err)
+	}
+	if got := topics(t, conn); len(got) > 0 {
+		t.Errorf("who failed to log in as alice sees %v", got)
+	}
+	code.Store(0)
+	if err := login(t, conn, "alice", "wonder"); err != nil {
+		t.Error(err)
+	}
+	if got := topics(t, conn); len(got) != 1 {
+		t.Errorf("alice sees %v", got)
 	}
 }
 

@@ -37,8 +37,6 @@ type RedirectOptions struct {
 	CgroupPath string
 	// Ports are the brokers' ports; see SetPorts.
 	Ports []uint16
-	// Exempt are directories in cgroup2 whose processes are not redirected, with all below: brokers on this host.
-	Exempt []string
 }
 
 // Redirect is the kernel's redirect and the listeners behind it. All methods may be called concurrently, but none after
@@ -81,11 +79,6 @@ func OpenRedirect(o RedirectOptions) (_ *Redirect, err error) {
 			err = errors.Join(err, r.Close())
 		}
 	}()
-	for _, path := range o.Exempt {
-		if err := r.exempt(path); err != nil {
-			return nil, err
-		}
-	}
 	if r.listener, err = r.listen(); err != nil {
 		return nil, err
 	}
@@ -99,14 +92,6 @@ func OpenRedirect(o RedirectOptions) (_ *Redirect, err error) {
 		return nil, err
 	}
 	return r, nil
-}
-
-func (r *Redirect) exempt(path string) error {
-	id, err := cgroupID(path)
-	if err != nil {
-		return fmt.Errorf("exempt a cgroup from the redirect: %w", err)
-	}
-	return r.programs.Exempt(id)
 }
 
 // listener is what one network namespace has: the same port at 127.0.0.1 and, where there is IPv6, at ::1.

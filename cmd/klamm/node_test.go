@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -16,6 +17,7 @@ import (
 	"github.com/twmb/franz-go/pkg/kmsg"
 	"golang.org/x/sys/unix"
 
+	"klamm/node"
 	"klamm/test/kafka"
 	"klamm/test/stage"
 )
@@ -24,16 +26,23 @@ import (
 func TestMain(m *testing.M) {
 	stage.Main()
 	if len(os.Args) > 1 && !strings.HasPrefix(os.Args[1], "-test.") {
-		if os.Getenv(withoutBPF) != "" {
-			forbidBPF()
+		for name, take := range takings {
+			if os.Getenv(name) != "" {
+				take()
+			}
 		}
 		main()
 	}
 	os.Exit(m.Run())
 }
 
-// withoutBPF is set for a process that has to do without bpf(2).
-const withoutBPF = "KLAMM_TEST_WITHOUT_BPF"
+// Variables that are set for a process that has to do without something.
+const (
+	withoutBPF   = "KLAMM_TEST_WITHOUT_BPF"
+	withoutBPFFS = "KLAMM_TEST_WITHOUT_BPFFS"
+)
+
+var takings = map[string]func(){withoutBPF: forbidBPF, withoutBPFFS: hideBPFFS}
 
 // forbidBPF makes bpf(2) what it is on a kernel that was built without it.
 func forbidBPF() {
@@ -49,6 +58,18 @@ func forbidBPF() {
 	if _, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC,
 		uintptr(unsafe.Pointer(&program))); errno != 0 {
 		panic(errno)
+	}
+}
+
+// hideBPFFS takes the BPF file system away from the main goroutine.
+func hideBPFFS() {
+	runtime.LockOSThread()
+	err := errors.Join(unix.Unshare(unix.CLONE_NEWNS), unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
+	if node.HasBPFFS(node.BPFFS) {
+		err = errors.Join(err, unix.Unmount(node.BPFFS, unix.MNT_DETACH))
+	}
+	if err != nil {
+		panic(err)
 	}
 }
 

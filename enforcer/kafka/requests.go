@@ -20,9 +20,12 @@ func (s *session) requests() error {
 		if err != nil {
 			return fromPipe(err)
 		}
+		if isTLS(b) {
+			return s.refuseTLS()
+		}
 		size := int(int32(binary.BigEndian.Uint32(b)))
 		if size < wire.MinRequest || size > s.MaxFrame {
-			return s.notKafka(b, size)
+			return refuse(audit.BadFrame, "a frame of %d bytes; the limit is %d", size, s.MaxFrame)
 		}
 		frame, err := s.up.Need(wire.SizePrefix + size)
 		if err != nil {
@@ -38,14 +41,21 @@ func (s *session) requests() error {
 	}
 }
 
-// notKafka refuses what does not begin like a request. A TLS client hears an alert it can show.
-func (s *session) notKafka(b []byte, size int) error {
-	const handshake, alert, fatal, accessDenied = 0x16, 0x15, 2, 49 // RFC 8446, 5.1 and 6
-	if b[0] == handshake && b[1] == 3 {
-		_, err := s.conn.Client.Write([]byte{alert, 3, 3, 0, 2, fatal, accessDenied})
-		return errors.Join(refuse(audit.TLSRefused, "the client speaks TLS"), err)
-	}
-	return refuse(audit.BadFrame, "a frame of %d bytes; the limit is %d", size, s.MaxFrame)
+// Of TLS records and alerts: RFC 8446, sections 5.1 and 6.
+const (
+	tlsAlert        = 0x15
+	tlsHandshake    = 0x16
+	tlsFatal        = 2
+	tlsAccessDenied = 49
+)
+
+// isTLS tells a TLS handshake record from the length of a frame, which would be of 369 MB.
+func isTLS(b []byte) bool { return b[0] == tlsHandshake && b[1] == 3 }
+
+// refuseTLS gives the client an alert it can show.
+func (s *session) refuseTLS() error {
+	_, err := s.conn.Client.Write([]byte{tlsAlert, 3, 3, 0, 2, tlsFatal, tlsAccessDenied})
+	return errors.Join(refuse(audit.TLSRefused, "the client speaks TLS"), err)
 }
 
 // request decides one frame and sends on what may pass.

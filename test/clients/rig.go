@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -17,6 +16,7 @@ import (
 
 	"github.com/twmb/franz-go/pkg/kgo"
 
+	"klamm/test/host"
 	"klamm/test/kafka"
 )
 
@@ -30,7 +30,6 @@ const (
 
 	deadHost = 9 // last part of a broker address of the cluster at which nothing listens
 
-	nodeTimeout = 30 * time.Second
 )
 
 // rig is what the clients run on: a cluster, a node, and two cgroups of which the node redirects one.
@@ -108,7 +107,7 @@ func (r *rig) close() error {
 	}
 	for _, c := range []*cgroup{r.redirected, r.direct} {
 		if c != nil {
-			failures = append(failures, c.remove())
+			failures = append(failures, host.RemoveCgroup(c.path))
 		}
 	}
 	if r.admin != nil {
@@ -172,7 +171,7 @@ const mutation = `  - name: a mistake
 
 // startNode starts the node on the redirected cgroup. It is told of one live broker and learns the others.
 func (r *rig) startNode(ctx context.Context, mutate bool) error {
-	health, err := freeAddress()
+	health, err := host.FreeAddr()
 	if err != nil {
 		return err
 	}
@@ -206,7 +205,7 @@ metrics: {listen: %q}
 		return fmt.Errorf("start the node: %w: run make build", err)
 	}
 	r.node = node
-	if err := awaitReady(ctx, "http://"+health+"/readyz"); err != nil {
+	if err := host.AwaitReady(ctx, "http://"+health+"/readyz"); err != nil {
 		text, _ := os.ReadFile(log.Name())
 		return fmt.Errorf("wait for the node: %w; it said:\n%s", err, text)
 	}
@@ -214,30 +213,6 @@ metrics: {listen: %q}
 }
 
 func (r *rig) auditFile() string { return filepath.Join(r.logs, "audit.jsonl") }
-
-func freeAddress() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
-	}
-	return l.Addr().String(), l.Close()
-}
-
-func awaitReady(ctx context.Context, url string) error {
-	ctx, cancel := context.WithTimeout(ctx, nodeTimeout)
-	defer cancel()
-	return poll(ctx, func() (bool, error) {
-		request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, http.NoBody)
-		if err != nil {
-			return false, err
-		}
-		answer, err := http.DefaultClient.Do(request)
-		if err != nil {
-			return false, nil //nolint:nilerr // not listening yet; the deadline tells if it stays so
-		}
-		return answer.StatusCode == http.StatusOK, answer.Body.Close()
-	})
-}
 
 // poll repeats done until it is true, fails, or the context ends.
 func poll(ctx context.Context, done func() (bool, error)) error {

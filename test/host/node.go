@@ -42,7 +42,7 @@ func Binary(path string) func(kafka.Place, string) (*Process, error) {
 
 // StartNode starts a node and waits until it is ready. Its audit lines are in audit.log.
 func StartNode(ctx context.Context, o NodeOptions) (*Process, error) {
-	metrics, err := freeAddr()
+	metrics, err := FreeAddr()
 	if err != nil {
 		return nil, err
 	}
@@ -54,7 +54,7 @@ func StartNode(ctx context.Context, o NodeOptions) (*Process, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := awaitReady(ctx, "http://"+metrics+"/readyz"); err != nil {
+	if err := AwaitReady(ctx, "http://"+metrics+"/readyz"); err != nil {
 		return nil, errors.Join(err, p.Terminate())
 	}
 	return p, nil
@@ -85,7 +85,8 @@ metrics: {listen: "%s"}
 		os.WriteFile(filepath.Join(o.Dir, "policy.yaml"), []byte(o.Policy), 0o600))
 }
 
-func freeAddr() (string, error) {
+// FreeAddr is a TCP address of this host that nobody listens at.
+func FreeAddr() (string, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return "", err
@@ -93,7 +94,8 @@ func freeAddr() (string, error) {
 	return l.Addr().String(), l.Close()
 }
 
-func awaitReady(ctx context.Context, url string) error {
+// AwaitReady waits until the node answers "ready" at its /readyz, for at most 15 s.
+func AwaitReady(ctx context.Context, url string) error {
 	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
 	defer cancel()
 	for {

@@ -14,6 +14,7 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -24,6 +25,7 @@ import (
 	"time"
 
 	"github.com/rs/zerolog"
+	"golang.org/x/sys/unix"
 
 	"klamm/node"
 	"klamm/test/host"
@@ -72,8 +74,9 @@ func NewCgroup(t testing.TB, below ...string) string {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		// Busy until the kernel has let go of the last process, shortly after it was waited for.
-		Await(t, "the end of "+dir, func() bool { return host.RemoveCgroup(dir) == nil })
+		if err := host.RemoveCgroup(dir); err != nil {
+			t.Error(err)
+		}
 	})
 	return dir
 }
@@ -103,7 +106,7 @@ func Load(t testing.TB, dir, cgroup, broker, policy string, c Config) node.Confi
 			Orders, OrdersUID, Report, ReportUID),
 		"policies": "[policy.yaml]",
 		"audit":    "{file: audit.jsonl}",
-		"metrics":  "{listen: \"" + FreeAddr(t) + "\"}",
+		"metrics":  "{listen: \"" + freeAddr(t) + "\"}",
 	}
 	maps.Copy(sections, c)
 	var text strings.Builder
@@ -128,10 +131,11 @@ func WriteFile(t testing.TB, path, text string) {
 	}
 }
 
-// FreeAddr is a loopback address nobody listens on.
-func FreeAddr(t testing.TB) string {
+// freeAddr is an address nobody listens on, of a host that no other process uses: their ports do not come in between.
+func freeAddr(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	pid := os.Getpid() // below 1<<22
+	l, err := net.Listen("tcp", fmt.Sprintf("127.%d.%d.%d:0", 128+pid>>16, pid>>8&0xff, pid&0xff))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -139,6 +143,25 @@ func FreeAddr(t testing.TB) string {
 		t.Fatal(err)
 	}
 	return l.Addr().String()
+}
+
+// DownAddr is an address that refuses connections until the test ends: a socket has it, and does not listen.
+func DownAddr(t testing.TB) string {
+	t.Helper()
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Close(fd) })
+	if err := unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	name, err := unix.Getsockname(fd)
+	at, ok := name.(*unix.SockaddrInet4)
+	if err != nil || !ok {
+		t.Fatalf("the socket is at %v, %v", name, err)
+	}
+	return netip.AddrPortFrom(netip.AddrFrom4(at.Addr), uint16(at.Port)).String()
 }
 
 // Start runs a node with the configuration that Load makes until the test ends. It redirects when Start returns; that
@@ -157,7 +180,12 @@ func Start(t testing.TB, broker, policy string, c Config) *Node {
 	go func() { done <- n.Run(ctx, func() { close(ready) }) }()
 	n.stop = sync.OnceValue(func() error {
 		cancel()
-		return errors.Join(<-done, n.Close())
+		select {
+		case err := <-done:
+			return errors.Join(err, n.Close())
+		case <-time.After(Patience):
+			return fmt.Errorf("the node did not end within %v", Patience)
+		}
 	})
 	t.Cleanup(n.Stop)
 	select {

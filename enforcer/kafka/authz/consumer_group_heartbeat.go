@@ -18,7 +18,8 @@ func consumerGroupHeartbeat(c *Ctx, req *kmsg.ConsumerGroupHeartbeatRequest) Ver
 	}); len(out) > 0 {
 		return Verdict{Answer: Refuse(req, out[0].err, "")}
 	}
-	if req.SubscribedTopicRegex != nil && *req.SubscribedTopicRegex != "" && !c.allowEveryTopic(kmsg.ACLOperationDescribe) {
+	regex := req.SubscribedTopicRegex
+	if regex != nil && *regex != "" && !c.allowEveryTopic(kmsg.ACLOperationDescribe) {
 		return Verdict{Answer: Refuse(req, kerr.InvalidRegularExpression, "klamm admits subscriptions by regular "+
 			"expression that the broker matches only with Describe on all topics: subscribe to topic names, or use "+
 			"group.protocol=classic")}

@@ -1,0 +1,34 @@
+package main
+
+import (
+	"maps"
+	"slices"
+	"strings"
+	"testing"
+)
+
+func TestEndingsAreReadFromTheTestsOutput(t *testing.T) {
+	const log = "\x16=== RUN   TestA\n\x16=== RUN   TestA/sub\n\x16--- PASS: TestA (0.00s)\n" +
+		"    \x16--- SKIP: TestA/sub (0.00s)\n" +
+		"\x16=== RUN   TestShareGroup\n\x16--- PASS: TestShareGroup (0.00s)\n" +
+		"\x16=== RUN   TestB\n\x16--- FAIL: TestB (0.00s)\n\x16=== RUN   TestC\npanic: test timed out\n"
+	ends, err := parse(t.Context(), strings.NewReader(log))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := endings{"TestA": "pass", "TestA/sub": "skip", "TestB": "fail", "TestC": "unfinished"}
+	if !maps.Equal(ends, want) {
+		t.Errorf("%v, not %v", ends, want)
+	}
+	if _, err := parse(t.Context(), strings.NewReader("panic: before any test\n")); err == nil {
+		t.Error("a run without tests is a result")
+	}
+}
+
+func TestWhatDiffersIsFoundByTheTestAtTopLevel(t *testing.T) {
+	direct := endings{"TestA": "pass", "TestA/x": "pass", "TestA/y": "pass", "TestB": "skip", "TestC": "pass"}
+	node := endings{"TestA": "pass", "TestA/x": "fail", "TestA/y": "fail", "TestB": "skip"}
+	if got := differing(direct, node); !slices.Equal(got, []string{"TestA", "TestC"}) {
+		t.Errorf("%v", got)
+	}
+}
