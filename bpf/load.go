@@ -5,6 +5,7 @@ package bpf
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -56,7 +57,7 @@ type Programs struct {
 func Load(o Options) (*Programs, error) {
 	clients, both, err := o.cgroups()
 	if err != nil {
-		return nil, fmt.Errorf("attach to the cgroup: %w", err)
+		return nil, explainCgroup(err)
 	}
 	defer func() { _, _ = clients.Close(), both.Close() }()
 
@@ -128,6 +129,13 @@ func (p *Programs) attach(clients, both *os.File) error {
 		p.links = append(p.links, l)
 	}
 	return nil
+}
+
+func explainCgroup(err error) error {
+	if errors.Is(err, fs.ErrPermission) {
+		return fmt.Errorf("attach to the cgroup: %w: run as root: %w", ErrPrivilege, err)
+	}
+	return fmt.Errorf("attach to the cgroup: %w", err)
 }
 
 // explainLoad turns the kernel's answer into what the user can do about it.

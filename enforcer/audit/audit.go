@@ -108,7 +108,7 @@ func (t *Trail) Line(event string, v Verdict) *zerolog.Event {
 	return e.Timestamp().Str("event", event).Str("verdict", string(v))
 }
 
-// Write takes a line from zerolog.
+// Write takes a line from zerolog. It does not fail: Flush tells of what could not be written.
 func (t *Trail) Write(line []byte) (int, error) {
 	if t.buf == nil {
 		t.buf = buffers.Get().(*[]byte)
@@ -117,7 +117,7 @@ func (t *Trail) Write(line []byte) (int, error) {
 	if len(*t.buf) >= maxPending {
 		t.flush()
 	}
-	return len(line), t.err
+	return len(line), nil
 }
 
 // Flush writes the collected lines. An error means that they may not be on record, and what they tell of must not

@@ -23,7 +23,7 @@ const (
 
 // Reasons are all reasons with what an operator can do, for the audit line and the counters.
 var Reasons = map[Reason]string{
-	NoIdentity:         "the process ended or changed while it was identified; a client that tries again is identified anew",
+	NoIdentity:         "the process ended or changed while it was identified; a client that retries is identified anew",
 	NoCluster:          "if this is a broker of yours, add it under clusters in klamm.yaml",
 	BrokerUnreachable:  "check the broker and the route to it from this host",
 	TooManyConnections: "raise limits.connections in klamm.yaml, or find the client that opens them",

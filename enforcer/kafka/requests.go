@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"io"
 
 	"github.com/twmb/franz-go/pkg/kmsg"
 
@@ -18,7 +19,7 @@ func (s *session) requests() error {
 	for {
 		b, err := s.up.Need(wire.SizePrefix)
 		if err != nil {
-			return fromPipe(err)
+			return cutShort(err)
 		}
 		if isTLS(b) {
 			return s.refuseTLS()
@@ -29,7 +30,7 @@ func (s *session) requests() error {
 		}
 		frame, err := s.up.Need(wire.SizePrefix + size)
 		if err != nil {
-			return fromPipe(err)
+			return cutShort(err)
 		}
 		h, err := wire.ParseHeader(frame[wire.SizePrefix:])
 		if err != nil {
@@ -39,6 +40,14 @@ func (s *session) requests() error {
 			return errors.Join(err, s.up.Flush()) // what was judged before still goes
 		}
 	}
+}
+
+// cutShort: a client that ends within a frame was no Kafka client, or died; what it began is refused.
+func cutShort(err error) error {
+	if errors.Is(err, io.EOF) || !errors.Is(err, io.ErrUnexpectedEOF) {
+		return fromPipe(err)
+	}
+	return refuse(audit.BadFrame, "the client ended within a frame")
 }
 
 // Of TLS records and alerts: RFC 8446, sections 5.1 and 6.

@@ -16,17 +16,15 @@ const maxChecks = 64
 // auditChecks writes one line with the decisions a request took, and counts the request. What was decided in place has
 // its lines by partition, and none here.
 func (s *session) auditChecks(t *audit.Trail, p *pending, verdict audit.Verdict) {
-	var checks checkList
-	if p.ctx != nil {
-		checks = p.ctx.Checks
-		for i := range checks {
-			verdict = worse(verdict, verdictOf(checks[i].Decision))
-		}
-	}
+	checks, verdict := p.checks(verdict)
 	s.Metrics.decided[p.Key][verdict].Inc()
 	if p.ctx == nil && p.kind != relay {
 		return
 	}
+	operation(t, p, verdict, checks).Int64("latency_us", time.Since(p.started).Microseconds()).Send()
+}
+
+func operation(t *audit.Trail, p *pending, verdict audit.Verdict, checks checkList) *zerolog.Event {
 	e := t.Line("operation", verdict).Str("api", apiName(p.Key)).Int16("version", p.Version).Str("client_id", p.clientID)
 	if more := len(checks) - maxChecks; more > 0 {
 		checks = checks[:maxChecks]
@@ -35,7 +33,7 @@ func (s *session) auditChecks(t *audit.Trail, p *pending, verdict audit.Verdict)
 	if len(checks) > 0 {
 		e = e.Array("resources", checks)
 	}
-	e.Int64("latency_us", time.Since(p.started).Microseconds()).Send()
+	return e
 }
 
 // auditUnknown tells of a request whose answer never came: nobody knows whether the broker carried it out.
@@ -44,8 +42,19 @@ func (s *session) auditUnknown(p *pending) {
 		s.auditUnanswered(s.upTrail, p)
 		return
 	}
-	s.upTrail.Line("operation", audit.Allow).Str("api", apiName(p.Key)).Int16("version", p.Version).
-		Str("client_id", p.clientID).Str("outcome", "unknown").Send()
+	checks, verdict := p.checks(audit.Allow)
+	operation(s.upTrail, p, verdict, checks).Str("outcome", "unknown").Send()
+}
+
+// checks are the decisions the request took, and the gravest of them and the given verdict.
+func (p *pending) checks(verdict audit.Verdict) (checkList, audit.Verdict) {
+	if p.ctx == nil {
+		return nil, verdict
+	}
+	for i := range p.ctx.Checks {
+		verdict = worse(verdict, verdictOf(p.ctx.Checks[i].Decision))
+	}
+	return p.ctx.Checks, verdict
 }
 
 type checkList []authz.Check

@@ -12,7 +12,6 @@ import (
 	"strings"
 	"sync"
 	"syscall"
-	"time"
 
 	"github.com/twmb/franz-go/pkg/kgo"
 
@@ -213,19 +212,3 @@ metrics: {listen: %q}
 }
 
 func (r *rig) auditFile() string { return filepath.Join(r.logs, "audit.jsonl") }
-
-// poll repeats done until it is true, fails, or the context ends.
-func poll(ctx context.Context, done func() (bool, error)) error {
-	tick := time.NewTicker(50 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		if ok, err := done(); ok || err != nil {
-			return err
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-tick.C:
-		}
-	}
-}

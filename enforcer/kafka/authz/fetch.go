@@ -292,7 +292,8 @@ func (u *upstreamFetch) add(name string, id TopicID, p *kmsg.FetchRequestTopicPa
 }
 
 func (u *upstreamFetch) forget(name string, id TopicID, partition int32) {
-	if k := len(u.ForgottenTopics); k == 0 || u.ForgottenTopics[k-1].Topic != name || u.ForgottenTopics[k-1].TopicID != id {
+	k := len(u.ForgottenTopics)
+	if k == 0 || u.ForgottenTopics[k-1].Topic != name || u.ForgottenTopics[k-1].TopicID != id {
 		t := kmsg.NewFetchRequestForgottenTopic()
 		t.Topic, t.TopicID = name, id
 		u.ForgottenTopics = append(u.ForgottenTopics, t)
@@ -316,8 +317,8 @@ func FilterFetch(c *Ctx, resp *kmsg.FetchResponse) {
 	}
 }
 
-// FetchInPlace decides a fetch of version 4 and up without decoding it, where the answer is a plain yes: a consumer that
-// lists only what it may read, in a session that is steady or in none. It tells whether that was so; otherwise nothing
+// FetchInPlace decides a fetch of version 4 and up without decoding it, where the answer is a plain yes: a consumer
+// that lists only what it may read, in a session that is steady or in none. It tells whether that was so; otherwise nothing
 // has changed and the decoded request must be decided. allowed decides one topic, named by name or, from version 13,
 // by id.
 func FetchInPlace(c *Ctx, version int16, body []byte, allowed func(name []byte, id TopicID) bool) bool {

@@ -5,8 +5,8 @@ import (
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
-// initProducerID: TransactionalId Write; without a transactional id Cluster IdempotentWrite, or Topic Write on any topic
-// (KIP-679).
+// initProducerID: TransactionalId Write; without a transactional id Cluster IdempotentWrite, or Topic Write on
+// any topic (KIP-679).
 func initProducerID(c *Ctx, req *kmsg.InitProducerIDRequest) Verdict {
 	if req.TransactionalID != nil {
 		if !c.AllowTxn(*req.TransactionalID, kmsg.ACLOperationWrite) {
