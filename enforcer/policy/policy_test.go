@@ -483,7 +483,7 @@ func TestEveryResourceIsAllowedWhereNoNameIsRefused(t *testing.T) {
 		"all":                              {`{topic: "*", operations: [Read]}`, ``, "allows"},
 		"a prefix":                         {`{topic: "a*", operations: [Read]}`, ``, ""},
 		"all but one":                      {`{topic: "*", operations: [Read]}`, `{topic: a, operations: [Read]}`, "denies"},
-		"all but a prefix":                 {`{topic: "*", operations: [Read]}`, `{topic: "a*", operations: [All]}`, "denies"},
+		"all but a prefix":                 {`{topic: "*", operations: [Read]}`, `{topic: a*, operations: [All]}`, "denies"},
 		"all, and something else refused":  {`{topic: "*", operations: [Read]}`, `{topic: a, operations: [Write]}`, "allows"},
 		"all of another operation":         {`{topic: "*", operations: [Write]}`, ``, ""},
 		"all groups":                       {`{group: "*", operations: [Read]}`, ``, ""},

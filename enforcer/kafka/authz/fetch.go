@@ -318,9 +318,9 @@ func FilterFetch(c *Ctx, resp *kmsg.FetchResponse) {
 }
 
 // FetchInPlace decides a fetch of version 4 and up without decoding it, where the answer is a plain yes: a consumer
-// that lists only what it may read, in a session that is steady or in none. It tells whether that was so; otherwise nothing
-// has changed and the decoded request must be decided. allowed decides one topic, named by name or, from version 13,
-// by id.
+// that lists only what it may read, in a session that is steady or in none. It tells whether that was so; otherwise
+// nothing has changed and the decoded request must be decided. allowed decides one topic, named by name or, from
+// version 13, by id.
 func FetchInPlace(c *Ctx, version int16, body []byte, allowed func(name []byte, id TopicID) bool) bool {
 	w := fetchWalk{version: version, Cursor: wire.Cursor{B: body, Flex: version >= 12}}
 	if version <= 14 && w.I32() >= 0 {

@@ -11,9 +11,9 @@ import (
 // the identifier the client used. Whatever is refused, brokers, cluster id and controller still come from the broker.
 //
 // Auto-creation takes Create on the cluster or the topic. Whether a topic exists, only the broker knows: when one of
-// those named may not be created, the request goes out with auto-creation off for all. A topic that then proves missing
-// is TOPIC_AUTHORIZATION_FAILED where it may not be created and the cluster creates topics, else it stays unknown. Those
-// that may be created are, by the first request that names them alone.
+// those named may not be created, the request goes out with auto-creation off for all. A topic that then proves
+// missing is TOPIC_AUTHORIZATION_FAILED where it may not be created and the cluster creates topics, else it stays
+// unknown. Those that may be created are, by the first request that names them alone.
 func metadata(c *Ctx, req *kmsg.MetadataRequest) Verdict {
 	if allTopics(req) {
 		return Verdict{Edit: edit(func(c *Ctx, resp *kmsg.MetadataResponse) {
@@ -111,7 +111,8 @@ func (c *Ctx) noCreate(req *kmsg.MetadataRequest, topics []kmsg.MetadataRequestT
 	return names
 }
 
-// refuseMissing answers for the topics that would have had to be created. Only now is it known that a right was missing.
+// refuseMissing answers for the topics that would have had to be created. Only now is it known that a right was
+// missing.
 func (c *Ctx) refuseMissing(resp *kmsg.MetadataResponse, noCreate []string) {
 	for i := range resp.Topics {
 		t := &resp.Topics[i]

@@ -10,10 +10,10 @@ import (
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
-// Refuse is the answer that refuses a whole request with err, in the API's own format and at the request's version: what
-// AbstractRequest.getErrorResponse is in Apache Kafka. The code goes to the top level where this version has one there,
-// else to every topic, partition, group or resource the request named. An empty msg leaves the error message null, as
-// brokers do. It is nil for a produce request with acks=0, which has no answer: close the connection.
+// Refuse is the answer that refuses a whole request with err, in the API's own format and at the request's version:
+// what AbstractRequest.getErrorResponse is in Apache Kafka. The code goes to the top level where this version has one
+// there, else to every topic, partition, group or resource the request named. An empty msg leaves the error message
+// null, as brokers do. It is nil for a produce request with acks=0, which has no answer: close the connection.
 //
 // An ApiVersions request refused with UNSUPPORTED_VERSION gets version 0 of the answer, which lists only ApiVersions
 // itself (KIP-511). A request that names nothing, of an API that has no top-level error, gets an empty answer.

@@ -34,8 +34,8 @@ func NewBudget(bytes int64) *Budget {
 	return &Budget{sem: semaphore.NewWeighted(bytes), max: bytes}
 }
 
-// Acquire takes n bytes, waiting for others to give theirs back: that is the back pressure. It fails with ErrBudget when
-// n can never be had, or was not had within 10 s.
+// Acquire takes n bytes, waiting for others to give theirs back: that is the back pressure. It fails with ErrBudget
+// when n can never be had, or was not had within 10 s.
 func (b *Budget) Acquire(n int64) error {
 	if n > b.max {
 		return fmt.Errorf("%w: %d bytes are needed, the budget is %d", ErrBudget, n, b.max)
