@@ -51,9 +51,9 @@ type Programs struct {
 	tasks   taskReader
 }
 
-// Load loads the programs and attaches them to a cgroup. Nothing is redirected until SetPorts. It needs Linux 5.15 with
-// BTF, and root or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON. Errors are ErrPrivilege, ErrKernel, ErrForeignProgram, or
-// those of the file system for CgroupPath.
+// Load loads the programs and attaches them to a cgroup. Nothing is redirected until SetPorts. It needs what Linux
+// 5.15 has, BTF, and root or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON. Errors are ErrPrivilege, ErrKernel,
+// ErrForeignProgram, or those of the file system for CgroupPath.
 func Load(o Options) (*Programs, error) {
 	clients, both, err := o.cgroups()
 	if err != nil {

@@ -18,7 +18,8 @@ func newNodeCommand() *cobra.Command {
 		Use:   "node",
 		Short: "Run the agent on this host",
 		Long: `Redirect every broker-bound connection of this host's workloads, tell who connects, enforce the policy and
-write the audit. Needs root, Linux 5.15 or newer with BTF, and cgroup2; klamm doctor tells whether this host is fit.
+write the audit. Needs root, a kernel with the features of Linux 5.15 and BTF, and cgroup2; klamm doctor tells whether
+this host is fit.
 
 SIGHUP reads the policy files again; a bad file keeps the policy that is in force. SIGINT and SIGTERM end the
 redirect and the open connections: clients then reconnect to their brokers directly.

@@ -1,6 +1,7 @@
 package kafka
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -143,12 +144,15 @@ func (s *session) decide(e *wire.Entry[pending], frame []byte, view *policy.View
 	if v.Edit != nil {
 		e.V.kind = edited
 	}
-	out := frame
-	if v.Forward != nil {
-		out = wire.AppendRequest(nil, frame[wire.SizePrefix:wire.SizePrefix+h.Len], 0, v.Forward)
-	} else if canonical := req.AppendTo(nil); string(canonical) != string(frame[wire.SizePrefix+h.Len:]) {
-		// Bytes that say more than what was decoded, or say it twice, are not forwarded: the broker gets what was judged.
-		out = wire.AppendRequest(nil, frame[wire.SizePrefix:wire.SizePrefix+h.Len], 0, req)
+	forward := v.Forward
+	if forward == nil {
+		forward = req
+	}
+	// What goes out is what was judged. The client's own bytes do where they say just that: no more, and nothing twice.
+	judged := wire.AppendRequest(nil, frame[wire.SizePrefix:wire.SizePrefix+h.Len], h.Correlation, forward)
+	out := judged
+	if bytes.Equal(judged, frame) {
+		out = frame
 	}
 	switch kmsg.Key(h.Key) {
 	case kmsg.Produce:
@@ -169,7 +173,9 @@ func (s *session) decide(e *wire.Entry[pending], frame []byte, view *policy.View
 	case kmsg.SASLAuthenticate:
 		e.V.kind = login
 		s.sasl.authenticate(req.(*kmsg.SASLAuthenticateRequest).SASLAuthBytes)
+		defer clear(judged) // a password may stand in it, and in the others
 		defer clear(body)
+		defer s.up.Wipe()
 	}
 	if err := s.send(e, frame, out); err != nil {
 		return err
@@ -177,9 +183,6 @@ func (s *session) decide(e *wire.Entry[pending], frame []byte, view *policy.View
 	if v.Barrier {
 		if err := s.up.Flush(); err != nil {
 			return err
-		}
-		if h.Key == int16(kmsg.SASLAuthenticate) {
-			clear(frame) // a password may stand in it
 		}
 		if err := s.queue.WaitEmpty(); err != nil {
 			return err

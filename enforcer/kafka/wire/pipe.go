@@ -151,6 +151,14 @@ func (p *Pipe) Flush() error {
 	return p.after()
 }
 
+// Wipe overwrites all of the buffer that is not still to be judged: a password may have stood there. Flush first.
+func (p *Pipe) Wipe() {
+	if p.buf != nil {
+		clear((*p.buf)[:p.r])
+		clear((*p.buf)[p.w:])
+	}
+}
+
 // Close gives the buffer and its budget back. The pipe must not be used after it.
 func (p *Pipe) Close() {
 	p.out, p.r, p.w = nil, 0, 0

@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"strings"
 	"testing"
 )
 
@@ -128,5 +129,26 @@ func TestAFrameAsLargeAsTheBudgetFollowsASmallerOne(t *testing.T) {
 			t.Fatalf("%d bytes: %v", n, err)
 		}
 		p.Pass(n)
+	}
+}
+
+func TestAWipedPipeKeepsOnlyWhatIsNotJudged(t *testing.T) {
+	var sent bytes.Buffer
+	p := NewPipe(strings.NewReader("a secret; then the next frame"), &sent, NewBudget(0), nil, nil)
+	defer p.Close()
+	if _, err := p.Need(9); err != nil {
+		t.Fatal(err)
+	}
+	p.Pass(9)
+	if err := p.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	p.Wipe()
+	if bytes.Contains(*p.buf, []byte("secret")) {
+		t.Errorf("the buffer still holds %q", (*p.buf)[:40])
+	}
+	rest, err := p.Need(20)
+	if err != nil || string(rest) != " then the next frame" || sent.String() != "a secret;" {
+		t.Errorf("the rest is %q, %v; sent is %q", rest, err, &sent)
 	}
 }
