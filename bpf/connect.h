@@ -15,6 +15,7 @@ enum klamm_reason {
 	KLAMM_REDIRECTED,
 	KLAMM_REFUSED_DIRECT,
 	KLAMM_REFUSED_NOT_ENROLLED,
+	KLAMM_REFUSED_DOWN,
 	KLAMM_REFUSED_NO_SOCKET,
 	KLAMM_REFUSED_NO_STORAGE,
 	KLAMM_REFUSED_BOUND_DEVICE,
@@ -90,6 +91,7 @@ struct klamm_connect {
 	__u8 stamped;            /* the node's own socket */
 	__u8 kernel_thread;
 	__u8 exempt; /* the process lives in an exempt cgroup, or below one */
+	__u8 down;   /* a moment ago the node could not reach it */
 };
 
 INLINE enum klamm_reason klamm_decide(const struct klamm_connect *c)
@@ -109,5 +111,9 @@ INLINE enum klamm_reason klamm_decide(const struct klamm_connect *c)
 	/* No listener there yet. ECONNREFUSED is what every Kafka client retries. */
 	if (!c->listener)
 		return KLAMM_REFUSED_NOT_ENROLLED;
+	/* A redirected connect succeeds before the broker was reached. Clients act on a refused connect in other ways than
+	 * on a connection that is reset, so what is known to be down is refused here. */
+	if (c->down)
+		return KLAMM_REFUSED_DOWN;
 	return KLAMM_REDIRECTED;
 }

@@ -35,7 +35,7 @@ func TestDecisionOnAConnect(t *testing.T) {
 		return c
 	}
 
-	type facts struct{ broker, stamped, kernelThread, exempt bool }
+	type facts struct{ broker, stamped, kernelThread, exempt, down bool }
 	const listener = 40000
 	for _, c := range []struct {
 		name     string
@@ -56,6 +56,10 @@ func TestDecisionOnAConnect(t *testing.T) {
 			redirectKlammReasonKLAMM_REDIRECTED},
 		{"a broker on the unspecified address is redirected", "0.0.0.0:9092", listener, facts{broker: true},
 			redirectKlammReasonKLAMM_REDIRECTED},
+		{"a broker that is down is refused", "192.0.2.7:9092", listener, facts{broker: true, down: true},
+			redirectKlammReasonKLAMM_REFUSED_DOWN},
+		{"an exempt process finds out itself", "192.0.2.7:9092", listener, facts{broker: true, exempt: true, down: true},
+			redirectKlammReasonKLAMM_PASSED_EXEMPT},
 		{"a broker is refused where nothing is enrolled", "192.0.2.7:9092", 0, facts{broker: true},
 			redirectKlammReasonKLAMM_REFUSED_NOT_ENROLLED},
 		{"the node's own socket passes to a broker", "192.0.2.7:9092", listener, facts{broker: true, stamped: true},
@@ -99,6 +103,7 @@ func TestDecisionOnAConnect(t *testing.T) {
 			in.Connect.Stamped = b2u(c.facts.stamped)
 			in.Connect.KernelThread = b2u(c.facts.kernelThread)
 			in.Connect.Exempt = b2u(c.facts.exempt)
+			in.Connect.Down = b2u(c.facts.down)
 			if got := redirectKlammReason(run(t, in).Reason); got != c.want {
 				t.Errorf("got %s, want %s", counterNames[got], counterNames[c.want])
 			}

@@ -27,6 +27,8 @@ type connectCaseKlammCase struct {
 		Stamped      uint8
 		KernelThread uint8
 		Exempt       uint8
+		Down         uint8
+		_            [3]byte
 	}
 	Reason   uint32
 	Listener struct {

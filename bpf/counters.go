@@ -11,6 +11,7 @@ var counterNames = [redirectKlammReasonKLAMM_REASONS]string{
 	redirectKlammReasonKLAMM_REDIRECTED:                  "redirected",
 	redirectKlammReasonKLAMM_REFUSED_DIRECT:              "refused_direct",
 	redirectKlammReasonKLAMM_REFUSED_NOT_ENROLLED:        "refused_not_enrolled",
+	redirectKlammReasonKLAMM_REFUSED_DOWN:                "refused_down",
 	redirectKlammReasonKLAMM_REFUSED_NO_SOCKET:           "refused_no_socket",
 	redirectKlammReasonKLAMM_REFUSED_NO_STORAGE:          "refused_no_storage",
 	redirectKlammReasonKLAMM_REFUSED_BOUND_DEVICE:        "refused_bound_device",
@@ -32,6 +33,7 @@ var counterNames = [redirectKlammReasonKLAMM_REASONS]string{
 //	redirected                   connects sent to the listener
 //	refused_direct               connects straight to the listener
 //	refused_not_enrolled         broker-bound connects in a network namespace that has no listener
+//	refused_down                 connects to a broker that the node could not reach a moment ago
 //	refused_no_socket            the kernel gave the hook no socket
 //	refused_no_storage           the record could not be made: net.core.optmem_max or memory
 //	refused_bound_device         SO_BINDTODEVICE could not be lifted
@@ -43,7 +45,7 @@ var counterNames = [redirectKlammReasonKLAMM_REASONS]string{
 //	accepted_without_record      accepted sockets with no record; the node refuses them
 //	accepted_no_storage          accepted sockets whose record could not be made; the node refuses them
 //
-// All refused_* but the first two and refused_bind, all handshake_no_* and accepted_* should stay 0 on a sound host.
+// All refused_* but the first three and refused_bind, all handshake_no_* and accepted_* should stay 0 on a sound host.
 func (p *Programs) Counters() (map[string]uint64, error) {
 	counters := make(map[string]uint64, len(counterNames))
 	for reason, name := range counterNames {

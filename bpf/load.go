@@ -6,9 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
+	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
@@ -255,6 +258,52 @@ func (p *Programs) Unexempt(cgroupID uint64) error {
 		return fmt.Errorf("redirect cgroup %d again: %w", cgroupID, err)
 	}
 	return nil
+}
+
+// Down refuses connects to a destination in a network namespace for so long, as its host would that has no listener: the
+// node could not reach it.
+func (p *Programs) Down(cookie uint64, to netip.AddrPort, d time.Duration) error {
+	key := destination(cookie, to)
+	until, err := sinceBoot()
+	if err == nil {
+		err = p.objects.KlammDown.Put(&key, until+uint64(d))
+	}
+	if err != nil {
+		return fmt.Errorf("refuse connects to %s: %w", to, err)
+	}
+	return nil
+}
+
+// Forget removes what Down said, once its time is over.
+func (p *Programs) Forget(cookie uint64, to netip.AddrPort) error {
+	key := destination(cookie, to)
+	var until uint64
+	switch now, err := sinceBoot(); {
+	case err != nil:
+		return err
+	case p.objects.KlammDown.Lookup(&key, &until) != nil || now < until:
+		return nil // forgotten already, or down again
+	}
+	if err := p.objects.KlammDown.Delete(&key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("forget that %s is down: %w", to, err)
+	}
+	return nil
+}
+
+func destination(cookie uint64, to netip.AddrPort) redirectKlammDestination {
+	address := to.Addr().As16()
+	key := redirectKlammDestination{NetnsCookie: cookie, Port: uint32(to.Port())}
+	copy(unsafe.Slice((*byte)(unsafe.Pointer(&key.To)), len(address)), address[:])
+	return key
+}
+
+// sinceBoot is bpf_ktime_get_boot_ns.
+func sinceBoot() (uint64, error) {
+	var t unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t); err != nil {
+		return 0, fmt.Errorf("read the time since boot: %w", err)
+	}
+	return uint64(t.Nano()), nil
 }
 
 // Stamp marks a socket as the node's own: it may connect to brokers and bind the listener's port. Stamp before

@@ -61,6 +61,23 @@ struct {
 	MAP_TYPE(value, __u8);
 } klamm_exempt SEC(".maps");
 
+struct klamm_destination {
+	__u64 netns_cookie;
+	struct klamm_address to;
+	__u32 port; /* host order */
+	__u32 pad;
+};
+
+/* Destinations the node could not reach -> until when they count as down, in ns since boot. Full means that what is down
+ * shows as a reset only. */
+struct {
+	MAP_NUMBER(type, BPF_MAP_TYPE_HASH);
+	MAP_NUMBER(max_entries, 4096);
+	MAP_NUMBER(map_flags, BPF_F_NO_PREALLOC);
+	MAP_TYPE(key, struct klamm_destination);
+	MAP_TYPE(value, __u64);
+} klamm_down SEC(".maps");
+
 /* The node's own sockets. Only who holds the map can write here, unlike a mark, which CAP_NET_RAW may set. */
 struct {
 	MAP_NUMBER(type, BPF_MAP_TYPE_SK_STORAGE);
@@ -130,6 +147,14 @@ INLINE __u16 listener_port(void *ctx)
 	const __u16 *port = bpf_map_lookup_elem(&klamm_enrolled, &cookie);
 
 	return port ? *port : 0;
+}
+
+INLINE int is_down(void *ctx, const struct klamm_connect *c)
+{
+	struct klamm_destination d = {.netns_cookie = bpf_get_netns_cookie(ctx), .to = c->to, .port = c->port};
+	const __u64 *until = bpf_map_lookup_elem(&klamm_down, &d);
+
+	return until && bpf_ktime_get_boot_ns() < *until;
 }
 
 /* By the process that connects, not by the cgroup its socket was made in: a socket handed over by an exempt process
@@ -225,6 +250,7 @@ INLINE enum klamm_reason on_connect(struct bpf_sock_addr *ctx, struct klamm_conn
 		c->stamped = sk && bpf_sk_storage_get(&klamm_stamp, sk, NULL, 0);
 		c->kernel_thread = !!(READ(task, flags) & PF_KTHREAD);
 		c->exempt = is_exempt();
+		c->down = is_down(ctx, c);
 	}
 	reason = klamm_decide(c);
 	if (reason == KLAMM_REDIRECTED)

@@ -13,6 +13,17 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type redirectKlammDestination struct {
+	_           structs.HostLayout
+	NetnsCookie uint64
+	To          struct {
+		_    structs.HostLayout
+		Word [4]uint32
+	}
+	Port uint32
+	Pad  uint32
+}
+
 type redirectKlammPorts struct {
 	_    structs.HostLayout
 	Bits [1024]uint64
@@ -28,17 +39,18 @@ const (
 	redirectKlammReasonKLAMM_REDIRECTED                  redirectKlammReason = 4
 	redirectKlammReasonKLAMM_REFUSED_DIRECT              redirectKlammReason = 5
 	redirectKlammReasonKLAMM_REFUSED_NOT_ENROLLED        redirectKlammReason = 6
-	redirectKlammReasonKLAMM_REFUSED_NO_SOCKET           redirectKlammReason = 7
-	redirectKlammReasonKLAMM_REFUSED_NO_STORAGE          redirectKlammReason = 8
-	redirectKlammReasonKLAMM_REFUSED_BOUND_DEVICE        redirectKlammReason = 9
-	redirectKlammReasonKLAMM_REFUSED_BIND                redirectKlammReason = 10
-	redirectKlammReasonKLAMM_HANDSHAKE_BEGUN             redirectKlammReason = 11
-	redirectKlammReasonKLAMM_HANDSHAKE_NO_STATE_CALLBACK redirectKlammReason = 12
-	redirectKlammReasonKLAMM_HANDSHAKE_NO_ENTRY          redirectKlammReason = 13
-	redirectKlammReasonKLAMM_HANDED_OVER                 redirectKlammReason = 14
-	redirectKlammReasonKLAMM_ACCEPTED_WITHOUT_RECORD     redirectKlammReason = 15
-	redirectKlammReasonKLAMM_ACCEPTED_NO_STORAGE         redirectKlammReason = 16
-	redirectKlammReasonKLAMM_REASONS                     redirectKlammReason = 17
+	redirectKlammReasonKLAMM_REFUSED_DOWN                redirectKlammReason = 7
+	redirectKlammReasonKLAMM_REFUSED_NO_SOCKET           redirectKlammReason = 8
+	redirectKlammReasonKLAMM_REFUSED_NO_STORAGE          redirectKlammReason = 9
+	redirectKlammReasonKLAMM_REFUSED_BOUND_DEVICE        redirectKlammReason = 10
+	redirectKlammReasonKLAMM_REFUSED_BIND                redirectKlammReason = 11
+	redirectKlammReasonKLAMM_HANDSHAKE_BEGUN             redirectKlammReason = 12
+	redirectKlammReasonKLAMM_HANDSHAKE_NO_STATE_CALLBACK redirectKlammReason = 13
+	redirectKlammReasonKLAMM_HANDSHAKE_NO_ENTRY          redirectKlammReason = 14
+	redirectKlammReasonKLAMM_HANDED_OVER                 redirectKlammReason = 15
+	redirectKlammReasonKLAMM_ACCEPTED_WITHOUT_RECORD     redirectKlammReason = 16
+	redirectKlammReasonKLAMM_ACCEPTED_NO_STORAGE         redirectKlammReason = 17
+	redirectKlammReasonKLAMM_REASONS                     redirectKlammReason = 18
 )
 
 type redirectKlammRecord struct {
@@ -92,6 +104,7 @@ const (
 	redirectMapKlammAccepted      = "klamm_accepted"
 	redirectMapKlammClient        = "klamm_client"
 	redirectMapKlammCounters      = "klamm_counters"
+	redirectMapKlammDown          = "klamm_down"
 	redirectMapKlammEnrolled      = "klamm_enrolled"
 	redirectMapKlammExempt        = "klamm_exempt"
 	redirectMapKlammHandshake     = "klamm_handshake"
@@ -167,6 +180,7 @@ type redirectMapSpecs struct {
 	KlammAccepted  *ebpf.MapSpec `ebpf:"klamm_accepted"`
 	KlammClient    *ebpf.MapSpec `ebpf:"klamm_client"`
 	KlammCounters  *ebpf.MapSpec `ebpf:"klamm_counters"`
+	KlammDown      *ebpf.MapSpec `ebpf:"klamm_down"`
 	KlammEnrolled  *ebpf.MapSpec `ebpf:"klamm_enrolled"`
 	KlammExempt    *ebpf.MapSpec `ebpf:"klamm_exempt"`
 	KlammHandshake *ebpf.MapSpec `ebpf:"klamm_handshake"`
@@ -204,6 +218,7 @@ type redirectMaps struct {
 	KlammAccepted  *ebpf.Map `ebpf:"klamm_accepted"`
 	KlammClient    *ebpf.Map `ebpf:"klamm_client"`
 	KlammCounters  *ebpf.Map `ebpf:"klamm_counters"`
+	KlammDown      *ebpf.Map `ebpf:"klamm_down"`
 	KlammEnrolled  *ebpf.Map `ebpf:"klamm_enrolled"`
 	KlammExempt    *ebpf.Map `ebpf:"klamm_exempt"`
 	KlammHandshake *ebpf.Map `ebpf:"klamm_handshake"`
@@ -216,6 +231,7 @@ func (m *redirectMaps) Close() error {
 		m.KlammAccepted,
 		m.KlammClient,
 		m.KlammCounters,
+		m.KlammDown,
 		m.KlammEnrolled,
 		m.KlammExempt,
 		m.KlammHandshake,

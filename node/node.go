@@ -163,9 +163,10 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 	case err = <-failed:
 	}
 	stop()
-	err = errors.Join(err, n.redirect.Close())
+	err = errors.Join(err, n.redirect.Stop())
 	<-accepting
-	return err
+	n.conns.Wait() // they use the programs
+	return errors.Join(err, n.redirect.Close())
 }
 
 // Close detaches the redirect and closes what Open opened.
@@ -254,6 +255,9 @@ func (n *Node) serve(ctx context.Context, conn net.Conn, r bpf.Record) {
 	defer cancel()
 	broker, err := n.redirect.Dial(dialled, client.Destination)
 	if err != nil {
+		if err := n.redirect.Down(r); err != nil {
+			n.log.Warn().Err(err).Msg("clients see a reset instead")
+		}
 		refuse(audit.BrokerUnreachable, err)
 		return
 	}

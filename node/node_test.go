@@ -113,6 +113,22 @@ func TestABrokerThatIsDownLooksLikeOne(t *testing.T) {
 	if l := n.AwaitRefusals(1, "broker_unreachable")[0]; l.Destination != down || !strings.Contains(l.Error, "refused") {
 		t.Errorf("the audit says %+v", l)
 	}
+	// What comes next is refused at connect(2), as where nobody listens; a second later the broker is tried again.
+	stage.Await(t, "a refused connect", func() bool {
+		conn, err := w.DialContext(t.Context(), "tcp", down)
+		if err == nil {
+			_ = conn.Close()
+		}
+		return errors.Is(err, unix.ECONNREFUSED) && n.Kernel("refused_down") > 0
+	})
+	tried := n.Refused("broker_unreachable")
+	stage.Await(t, "the broker to be tried again", func() bool {
+		conn, err := w.DialContext(t.Context(), "tcp", down)
+		if err == nil {
+			_ = conn.Close()
+		}
+		return n.Refused("broker_unreachable") > tried
+	})
 	stage.Await(t, "a word about the cluster", func() bool {
 		return strings.Contains(n.Log.String(), "cluster not reached")
 	})

@@ -47,6 +47,7 @@ type Redirect struct {
 	accepted chan redirected
 	closed   chan struct{}
 	running  sync.WaitGroup
+	stop     func() error
 	close    func() error
 
 	acceptRefused, acceptFailed atomic.Uint64
@@ -73,6 +74,10 @@ func OpenRedirect(o RedirectOptions) (_ *Redirect, err error) {
 		return nil, err
 	}
 	r := &Redirect{programs: programs, accepted: make(chan redirected), closed: make(chan struct{})}
+	r.stop = sync.OnceValue(func() error {
+		close(r.closed)
+		return r.listener.Close()
+	})
 	r.close = sync.OnceValue(r.shut)
 	defer func() {
 		if err != nil {
@@ -234,6 +239,22 @@ func (r *Redirect) Dialer() *net.Dialer {
 	return d
 }
 
+// downFor is how long a destination that could not be reached is refused without trying again.
+const downFor = time.Second
+
+// Down makes clients see for a second what the node saw: a broker that refuses connections.
+func (r *Redirect) Down(record bpf.Record) error {
+	cookie, to := record.NetnsCookie, record.Destination()
+	r.running.Go(func() {
+		select {
+		case <-time.After(2 * downFor):
+			_ = r.programs.Forget(cookie, to) // an entry that stays has no effect
+		case <-r.closed:
+		}
+	})
+	return r.programs.Down(cookie, to, downFor)
+}
+
 // SetPorts replaces the set of broker ports: connects to them, on any address, are redirected from then on.
 func (r *Redirect) SetPorts(ports []uint16) error { return r.programs.SetPorts(ports) }
 
@@ -256,14 +277,16 @@ func (r *Redirect) Counters() (map[string]uint64, error) {
 	return counters, nil
 }
 
+// Stop stops listening, and Accept with it: from then on clients are refused.
+func (r *Redirect) Stop() error { return r.stop() }
+
 // Close stops listening and detaches the programs: from then on clients connect directly. Connections that Accept has
 // returned stay open.
 func (r *Redirect) Close() error { return r.close() }
 
 // shut stops the listeners first, since they use the programs. A client that connects in between is refused.
 func (r *Redirect) shut() error {
-	close(r.closed)
-	err := r.listener.Close()
+	err := r.stop()
 	r.running.Wait()
 	return errors.Join(err, r.programs.Close())
 }
