@@ -3,6 +3,7 @@
 package bpf
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -11,7 +12,6 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
-	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
@@ -260,8 +260,8 @@ func (p *Programs) Unexempt(cgroupID uint64) error {
 	return nil
 }
 
-// Down refuses connects to a destination in a network namespace for so long, as its host would that has no listener: the
-// node could not reach it.
+// Down refuses connects to a destination in a network namespace for so long, as its host would where nobody listens:
+// the node could not reach it.
 func (p *Programs) Down(cookie uint64, to netip.AddrPort, d time.Duration) error {
 	key := destination(cookie, to)
 	until, err := sinceBoot()
@@ -278,13 +278,14 @@ func (p *Programs) Down(cookie uint64, to netip.AddrPort, d time.Duration) error
 func (p *Programs) Forget(cookie uint64, to netip.AddrPort) error {
 	key := destination(cookie, to)
 	var until uint64
-	switch now, err := sinceBoot(); {
-	case err != nil:
-		return err
-	case p.objects.KlammDown.Lookup(&key, &until) != nil || now < until:
-		return nil // forgotten already, or down again
+	err := p.objects.KlammDown.Lookup(&key, &until)
+	if err == nil {
+		var now uint64
+		if now, err = sinceBoot(); err == nil && now >= until {
+			err = p.objects.KlammDown.Delete(&key)
+		}
 	}
-	if err := p.objects.KlammDown.Delete(&key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 		return fmt.Errorf("forget that %s is down: %w", to, err)
 	}
 	return nil
@@ -293,7 +294,9 @@ func (p *Programs) Forget(cookie uint64, to netip.AddrPort) error {
 func destination(cookie uint64, to netip.AddrPort) redirectKlammDestination {
 	address := to.Addr().As16()
 	key := redirectKlammDestination{NetnsCookie: cookie, Port: uint32(to.Port())}
-	copy(unsafe.Slice((*byte)(unsafe.Pointer(&key.To)), len(address)), address[:])
+	for i := range key.To.Word {
+		key.To.Word[i] = binary.NativeEndian.Uint32(address[4*i:])
+	}
 	return key
 }
 

@@ -165,8 +165,7 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 	stop()
 	err = errors.Join(err, n.redirect.Stop())
 	<-accepting
-	n.conns.Wait() // they use the programs
-	return errors.Join(err, n.redirect.Close())
+	return err
 }
 
 // Close detaches the redirect and closes what Open opened.

@@ -50,6 +50,10 @@ type Redirect struct {
 	stop     func() error
 	close    func() error
 
+	// The node's own Kafka clients may still dial, and metrics be read, while it closes.
+	using sync.RWMutex
+	gone  bool // the programs are closed
+
 	acceptRefused, acceptFailed atomic.Uint64
 }
 
@@ -234,7 +238,7 @@ func (r *Redirect) Dial(ctx context.Context, to netip.AddrPort) (*net.TCPConn, e
 // Dialer returns a dialer for the node itself: its sockets are stamped before they connect, so they are not redirected.
 // They are plain TCP, since the stamp of an MPTCP socket is not on the subflow that connects.
 func (r *Redirect) Dialer() *net.Dialer {
-	d := &net.Dialer{Control: func(_, _ string, c syscall.RawConn) error { return control(c, r.programs.Stamp) }}
+	d := &net.Dialer{Control: func(_, _ string, c syscall.RawConn) error { return control(c, r.stamp) }}
 	d.SetMultipathTCP(false)
 	return d
 }
@@ -255,6 +259,15 @@ func (r *Redirect) Down(record bpf.Record) error {
 	return r.programs.Down(cookie, to, downFor)
 }
 
+func (r *Redirect) stamp(fd int) error {
+	r.using.RLock()
+	defer r.using.RUnlock()
+	if r.gone {
+		return net.ErrClosed
+	}
+	return r.programs.Stamp(fd)
+}
+
 // SetPorts replaces the set of broker ports: connects to them, on any address, are redirected from then on.
 func (r *Redirect) SetPorts(ports []uint16) error { return r.programs.SetPorts(ports) }
 
@@ -266,6 +279,11 @@ func (r *Redirect) Task(pid uint32) (bpf.TaskFacts, error) { return r.programs.T
 //	accept_refused  accepted connections that were reset, because they had no record or its version was not ours
 //	accept_failed   failures of accept(2), such as for want of file descriptors; the clients wait meanwhile
 func (r *Redirect) Counters() (map[string]uint64, error) {
+	r.using.RLock()
+	defer r.using.RUnlock()
+	if r.gone {
+		return nil, net.ErrClosed
+	}
 	counters, err := r.programs.Counters()
 	if err != nil {
 		return nil, err
@@ -288,6 +306,9 @@ func (r *Redirect) Close() error { return r.close() }
 func (r *Redirect) shut() error {
 	err := r.stop()
 	r.running.Wait()
+	r.using.Lock()
+	defer r.using.Unlock()
+	r.gone = true
 	return errors.Join(err, r.programs.Close())
 }
 
