@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -50,7 +51,8 @@ func runRelay(args []string) error {
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(programs.Enrol(cookie, own), programs.SetPorts([]uint16{uint16(*port)})); err != nil {
+	if err := errors.Join(programs.Enrol(cookie, own), programs.SetDestinations([]uint16{uint16(*port)}, nil),
+		programs.Beat(24*time.Hour)); err != nil {
 		return err
 	}
 	go func() {

@@ -12,9 +12,12 @@ enum klamm_reason {
 	KLAMM_PASSED_STAMPED,
 	KLAMM_PASSED_KERNEL_THREAD,
 	KLAMM_PASSED_EXEMPT,
+	KLAMM_PASSED_ENFORCER_DOWN,
+	KLAMM_PASSED_NOT_ENROLLED,
 	KLAMM_REDIRECTED,
 	KLAMM_REFUSED_DIRECT,
 	KLAMM_REFUSED_NOT_ENROLLED,
+	KLAMM_REFUSED_ENFORCER_DOWN,
 	KLAMM_REFUSED_DOWN,
 	KLAMM_REFUSED_NO_SOCKET,
 	KLAMM_REFUSED_NO_STORAGE,
@@ -26,6 +29,10 @@ enum klamm_reason {
 	KLAMM_HANDED_OVER,
 	KLAMM_ACCEPTED_WITHOUT_RECORD,
 	KLAMM_ACCEPTED_NO_STORAGE,
+	KLAMM_DROPPED_EGRESS,
+	KLAMM_DROPPED_FRAGMENT,
+	KLAMM_DROPPED_UNREADABLE,
+	KLAMM_EVENT_LOST,
 	KLAMM_REASONS,
 };
 
@@ -60,6 +67,13 @@ INLINE struct klamm_address klamm_listener_address(const struct klamm_address *a
 	return to;
 }
 
+/* The address that NAT64's well-known prefix 64:ff9b::/96 (RFC 6052) stands for; others are left as they are. */
+INLINE void klamm_embedded_v4(struct klamm_address *a)
+{
+	if (a->word[0] == klamm_be32(0x0064ff9b) && !a->word[1] && !a->word[2])
+		klamm_set_v4(a, a->word[3]);
+}
+
 /* Linux takes the unspecified address (0.0.0.0, ::, ::ffff:0.0.0.0) as a destination for loopback. It does so after
  * the connect hook has run, so we have to do it before we decide. */
 INLINE void klamm_normalise(struct klamm_address *a)
@@ -87,11 +101,14 @@ struct klamm_connect {
 	struct klamm_address to; /* normalised */
 	__u16 port;              /* host order */
 	__u16 listener;          /* of the socket's network namespace, host order; 0: not enrolled */
-	__u8 broker_port;        /* port is one of the brokers' */
+	__u8 broker;             /* the destination is a broker's */
 	__u8 stamped;            /* the node's own socket */
 	__u8 kernel_thread;
-	__u8 exempt; /* the process lives in an exempt cgroup, or below one */
-	__u8 down;   /* a moment ago the node could not reach it */
+	__u8 exempt;          /* the process lives in an exempt cgroup, or below one */
+	__u8 down;            /* a moment ago the node could not reach it */
+	__u8 enforcer_down;   /* the node's heartbeat is over */
+	__u8 pass_down;       /* what the configuration says for when it is */
+	__u8 pass_unenrolled; /* and for a network namespace without a listener */
 };
 
 INLINE enum klamm_reason klamm_decide(const struct klamm_connect *c)
@@ -100,7 +117,7 @@ INLINE enum klamm_reason klamm_decide(const struct klamm_connect *c)
 	 * ports too, a redirect to it would make the node dial itself. */
 	if (c->listener && c->port == c->listener && klamm_is_loopback(&c->to))
 		return KLAMM_REFUSED_DIRECT;
-	if (!c->broker_port)
+	if (!c->broker)
 		return KLAMM_PASSED_FOREIGN;
 	if (c->stamped)
 		return KLAMM_PASSED_STAMPED;
@@ -108,9 +125,12 @@ INLINE enum klamm_reason klamm_decide(const struct klamm_connect *c)
 		return KLAMM_PASSED_KERNEL_THREAD;
 	if (c->exempt)
 		return KLAMM_PASSED_EXEMPT;
+	/* Asked before the listener: a node that hangs still has one, which nobody would accept from. */
+	if (c->enforcer_down)
+		return c->pass_down ? KLAMM_PASSED_ENFORCER_DOWN : KLAMM_REFUSED_ENFORCER_DOWN;
 	/* No listener there yet. ECONNREFUSED is what every Kafka client retries. */
 	if (!c->listener)
-		return KLAMM_REFUSED_NOT_ENROLLED;
+		return c->pass_unenrolled ? KLAMM_PASSED_NOT_ENROLLED : KLAMM_REFUSED_NOT_ENROLLED;
 	/* A redirected connect succeeds before the broker was reached. Clients act on a refused connect in other ways than
 	 * on a connection that is reset, so what is known to be down is refused here. */
 	if (c->down)

@@ -3,17 +3,11 @@ package bpf
 import (
 	"net/netip"
 	"testing"
-	"unsafe"
 
 	"github.com/cilium/ebpf"
 )
 
 //go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target bpfel -tags linux -cflags "-O2 -mcpu=v3 -Wall -Wextra -Werror" connectCase test_connect.bpf.c
-
-func words(a netip.Addr) [4]uint32 {
-	b := a.As16()
-	return *(*[4]uint32)(unsafe.Pointer(&b))
-}
 
 func TestDecisionOnAConnect(t *testing.T) {
 	var objects connectCaseObjects
@@ -35,7 +29,9 @@ func TestDecisionOnAConnect(t *testing.T) {
 		return c
 	}
 
-	type facts struct{ broker, stamped, kernelThread, exempt, down bool }
+	type facts struct {
+		broker, stamped, kernelThread, exempt, down, enforcerDown, passDown, passUnenrolled bool
+	}
 	const listener = 40000
 	for _, c := range []struct {
 		name     string
@@ -62,6 +58,21 @@ func TestDecisionOnAConnect(t *testing.T) {
 			redirectKlammReasonKLAMM_PASSED_EXEMPT},
 		{"a broker is refused where nothing is enrolled", "192.0.2.7:9092", 0, facts{broker: true},
 			redirectKlammReasonKLAMM_REFUSED_NOT_ENROLLED},
+		{"a broker passes where nothing is enrolled and that may pass", "192.0.2.7:9092", 0,
+			facts{broker: true, passUnenrolled: true}, redirectKlammReasonKLAMM_PASSED_NOT_ENROLLED},
+		{"what is enrolled does not pass because what is not may", "192.0.2.7:9092", listener,
+			facts{broker: true, passUnenrolled: true, passDown: true}, redirectKlammReasonKLAMM_REDIRECTED},
+		{"a broker is refused while the enforcer is down", "192.0.2.7:9092", listener,
+			facts{broker: true, enforcerDown: true}, redirectKlammReasonKLAMM_REFUSED_ENFORCER_DOWN},
+		{"a broker is refused while the enforcer is down though what is not enrolled may pass", "192.0.2.7:9092", 0,
+			facts{broker: true, enforcerDown: true, passUnenrolled: true},
+			redirectKlammReasonKLAMM_REFUSED_ENFORCER_DOWN},
+		{"a broker passes while the enforcer is down and that may pass", "192.0.2.7:9092", listener,
+			facts{broker: true, enforcerDown: true, passDown: true}, redirectKlammReasonKLAMM_PASSED_ENFORCER_DOWN},
+		{"the listener may not be connected to while the enforcer is down", "127.0.0.1:40000", listener,
+			facts{enforcerDown: true, passDown: true}, redirectKlammReasonKLAMM_REFUSED_DIRECT},
+		{"a port that is no broker's passes while the enforcer is down", "10.0.0.1:80", listener,
+			facts{enforcerDown: true}, redirectKlammReasonKLAMM_PASSED_FOREIGN},
 		{"the node's own socket passes to a broker", "192.0.2.7:9092", listener, facts{broker: true, stamped: true},
 			redirectKlammReasonKLAMM_PASSED_STAMPED},
 		{"the node's own socket passes where nothing is enrolled", "192.0.2.7:9092", 0,
@@ -96,14 +107,17 @@ func TestDecisionOnAConnect(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			to := netip.MustParseAddrPort(c.to)
 			in := connectCaseKlammCase{}
-			in.Connect.To.Word = words(to.Addr())
+			in.Connect.To.Word = words(to.Addr().As16()).Word
 			in.Connect.Port = to.Port()
 			in.Connect.Listener = c.listener
-			in.Connect.BrokerPort = b2u(c.facts.broker)
+			in.Connect.Broker = b2u(c.facts.broker)
 			in.Connect.Stamped = b2u(c.facts.stamped)
 			in.Connect.KernelThread = b2u(c.facts.kernelThread)
 			in.Connect.Exempt = b2u(c.facts.exempt)
 			in.Connect.Down = b2u(c.facts.down)
+			in.Connect.EnforcerDown = b2u(c.facts.enforcerDown)
+			in.Connect.PassDown = b2u(c.facts.passDown)
+			in.Connect.PassUnenrolled = b2u(c.facts.passUnenrolled)
 			if got := redirectKlammReason(run(t, in).Reason); got != c.want {
 				t.Errorf("got %s, want %s", counterNames[got], counterNames[c.want])
 			}
@@ -123,21 +137,14 @@ func TestDecisionOnAConnect(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			in := connectCaseKlammCase{}
-			in.Connect.To.Word = words(netip.MustParseAddr(c.to))
+			in.Connect.To.Word = words(netip.MustParseAddr(c.to).As16()).Word
 			out := run(t, in)
-			if want := words(netip.MustParseAddr(c.normalised)); out.Connect.To.Word != want {
+			if want := words(netip.MustParseAddr(c.normalised).As16()).Word; out.Connect.To.Word != want {
 				t.Errorf("normalised to %x, want %x", out.Connect.To.Word, want)
 			}
-			if want := words(netip.MustParseAddr(c.listener)); out.Listener.Word != want {
+			if want := words(netip.MustParseAddr(c.listener).As16()).Word; out.Listener.Word != want {
 				t.Errorf("sent to %x, want %x", out.Listener.Word, want)
 			}
 		})
 	}
-}
-
-func b2u(b bool) uint8 {
-	if b {
-		return 1
-	}
-	return 0
 }

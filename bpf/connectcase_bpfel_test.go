@@ -21,14 +21,16 @@ type connectCaseKlammCase struct {
 			_    structs.HostLayout
 			Word [4]uint32
 		}
-		Port         uint16
-		Listener     uint16
-		BrokerPort   uint8
-		Stamped      uint8
-		KernelThread uint8
-		Exempt       uint8
-		Down         uint8
-		_            [3]byte
+		Port           uint16
+		Listener       uint16
+		Broker         uint8
+		Stamped        uint8
+		KernelThread   uint8
+		Exempt         uint8
+		Down           uint8
+		EnforcerDown   uint8
+		PassDown       uint8
+		PassUnenrolled uint8
 	}
 	Reason   uint32
 	Listener struct {

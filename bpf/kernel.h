@@ -45,13 +45,17 @@ enum {
 	BPF_MAP_TYPE_HASH = 1,
 	BPF_MAP_TYPE_ARRAY = 2,
 	BPF_MAP_TYPE_PERCPU_ARRAY = 6,
+	BPF_MAP_TYPE_LRU_HASH = 9,
+	BPF_MAP_TYPE_LPM_TRIE = 11,
 	BPF_MAP_TYPE_SK_STORAGE = 24,
+	BPF_MAP_TYPE_RINGBUF = 27,
 };
 
 enum {
 	BPF_ANY = 0,
 	BPF_F_NO_PREALLOC = 1,
 	BPF_SK_STORAGE_GET_F_CREATE = 1,
+	BPF_F_CURRENT_NETNS = -1,
 };
 
 enum {
@@ -71,6 +75,59 @@ struct bpf_sock {
 	__u32 src_ip4;    /* network order */
 	__u32 src_ip6[4]; /* network order */
 	__u32 src_port;   /* host order */
+	__u16 dst_port;   /* network order */
+	__u16 pad;
+	__u32 dst_ip4;
+	__u32 dst_ip6[4];
+	__u32 state;
+};
+
+struct __sk_buff {
+	__u32 len;
+	__u32 pkt_type;
+	__u32 mark;
+	__u32 queue_mapping;
+	__u32 protocol; /* network order, in the low 16 bits */
+	__u32 vlan_present;
+	__u32 vlan_tci;
+	__u32 vlan_proto;
+	__u32 priority;
+	__u32 ingress_ifindex;
+	__u32 ifindex;
+	__u32 tc_index;
+	__u32 cb[5];
+	__u32 hash;
+	__u32 tc_classid;
+	__u32 data;
+	__u32 data_end;
+	__u32 napi_id;
+	__u32 family;
+	__u32 remote_ip4;
+	__u32 local_ip4;
+	__u32 remote_ip6[4];
+	__u32 local_ip6[4];
+	__u32 remote_port;
+	__u32 local_port;
+	__u32 data_meta;
+	__u64 flow_keys;
+	__u64 tstamp;
+	__u32 wire_len;
+	__u32 gso_segs;
+	struct bpf_sock *sk;
+	__u32 gso_size;
+};
+
+struct bpf_sock_tuple {
+	union {
+		struct {
+			__u32 saddr, daddr;
+			__u16 sport, dport;
+		} ipv4;
+		struct {
+			__u32 saddr[4], daddr[4];
+			__u16 sport, dport;
+		} ipv6;
+	};
 };
 
 struct bpf_sock_addr {
@@ -133,9 +190,16 @@ static __u64 (*const bpf_get_current_pid_tgid)(void) = (void *)14;
 static __u64 (*const bpf_get_current_uid_gid)(void) = (void *)15;
 static long (*const bpf_get_current_comm)(void *comm, __u32 size) = (void *)16;
 static __u64 (*const bpf_get_current_task)(void) = (void *)35;     /* 5.10 */
+static long (*const bpf_skb_load_bytes)(const void *skb, __u32 offset, void *to, __u32 size) = (void *)26;
 static __u64 (*const bpf_get_socket_cookie)(void *ctx) = (void *)46;
 static long (*const bpf_setsockopt)(void *ctx, int level, int name, void *value, int size) = (void *)49;
 static long (*const bpf_sock_ops_cb_flags_set)(struct bpf_sock_ops *ctx, int flags) = (void *)59;
+static __u64 (*const bpf_skb_cgroup_id)(void *skb) = (void *)79;
+static __u64 (*const bpf_skb_ancestor_cgroup_id)(void *skb, int level) = (void *)83;
+static void (*const bpf_sk_release)(void *sk) = (void *)86;
+static struct bpf_sock *(*const bpf_sk_fullsock)(struct bpf_sock *sk) = (void *)95;
+static struct bpf_sock *(*const bpf_skc_lookup_tcp)(void *ctx, struct bpf_sock_tuple *tuple, __u32 size, __u64 netns,
+						     __u64 flags) = (void *)99; /* 5.2 */
 static __u64 (*const bpf_get_current_cgroup_id)(void) = (void *)80;
 static void *(*const bpf_sk_storage_get)(void *map, void *sk, void *value, __u64 flags) = (void *)107; /* 5.9 */
 static long (*const bpf_sk_storage_delete)(void *map, void *sk) = (void *)108;
@@ -144,6 +208,8 @@ static __u64 (*const bpf_get_netns_cookie)(void *ctx) = (void *)122;            
 static __u64 (*const bpf_get_current_ancestor_cgroup_id)(int level) = (void *)123;
 static __u64 (*const bpf_ktime_get_boot_ns)(void) = (void *)125; /* 5.8 */
 static long (*const bpf_seq_write)(void *seq, const void *data, __u32 size) = (void *)127;
+static void *(*const bpf_ringbuf_reserve)(void *ring, __u64 size, __u64 flags) = (void *)131; /* 5.8 */
+static void (*const bpf_ringbuf_submit)(void *data, __u64 flags) = (void *)132;
 static int (*const bpf_set_retval)(int retval) = (void *)187; /* 5.18 */
 
 /* The kernel's own structures ---------------------------------------------------------------------------------------- */

@@ -3,21 +3,20 @@
 package bpf
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
-	"time"
+	"sync"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/features"
 	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf/ringbuf"
 	"github.com/cilium/ebpf/rlimit"
 	"golang.org/x/sys/unix"
 )
@@ -33,6 +32,8 @@ var (
 	ErrPrivilege = errors.New("not permitted")
 	// ErrKernel is returned by Load where the kernel lacks something the programs need.
 	ErrKernel = errors.New("the kernel is not fit")
+	// ErrRunning is returned by Load where another process uses the pins.
+	ErrRunning = errors.New("another node is running")
 	// ErrForeignProgram is returned by Load where somebody else's program occupies a hook of the cgroup exclusively.
 	ErrForeignProgram = errors.New("another program holds the hook exclusively")
 )
@@ -45,40 +46,100 @@ type Options struct {
 	// ListenerCgroup is the directory of cgroup2 in which the listeners are opened: that of the calling process. An
 	// accepted socket belongs to the cgroup of its listener. Default: CgroupPath or anywhere below.
 	ListenerCgroup string
+	// Pins is a directory on a BPF file system that keeps programs and maps in force when the process ends, and from
+	// which the next one takes them over. It is made if it is missing. Default: they end with the process.
+	Pins string
+	// Lock is the lock on Pins that another process handed over. Default: it is taken.
+	Lock *os.File
+	// Ports are brokers' ports from the first moment on; see SetDestinations.
+	Ports []uint16
 }
 
 // Programs are the loaded and attached programs. All methods may be called concurrently.
 type Programs struct {
 	objects redirectObjects
-	links   []link.Link
+	pins    *pins // nil without
 	tasks   taskReader
+	events  *ringbuf.Reader
+	cgroups []*os.File
+
+	mu     sync.Mutex // guards what follows
+	hooks  []*hook
+	config redirectKlammConfig
 }
 
-// Load loads the programs and attaches them to a cgroup. Nothing is redirected until SetPorts. It needs what Linux
-// 5.15 has, BTF, and root or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON. Errors are ErrPrivilege, ErrKernel,
-// ErrForeignProgram, or those of the file system for CgroupPath.
-func Load(o Options) (*Programs, error) {
-	clients, both, err := o.cgroups()
+// hook is a program at its place.
+type hook struct {
+	name    string // of its pin
+	cgroup  *os.File
+	id      uint64 // of cgroup
+	attach  ebpf.AttachType
+	program *ebpf.Program
+	link    link.Link
+}
+
+// Load loads the programs and attaches them to a cgroup, or puts them in the place of those that are pinned there. It
+// needs what Linux 5.15 has, BTF, and root or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON. Errors are ErrPrivilege,
+// ErrKernel, ErrForeignProgram, ErrRunning, or those of the file system for CgroupPath and Pins.
+func Load(o Options) (_ *Programs, err error) {
+	p := &Programs{}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, p.Close())
+		}
+	}()
+	clients, both, err := o.openCgroups()
 	if err != nil {
 		return nil, explainCgroup(err)
 	}
-	defer func() { _, _ = clients.Close(), both.Close() }()
-
-	// Only kernels before 5.11 need it, where it may fail without harm for us.
-	_ = rlimit.RemoveMemlock()
-	p := &Programs{}
-	if err := loadRedirectObjects(&p.objects, nil); err != nil {
+	p.cgroups = []*os.File{clients, both}
+	spec, err := loadRedirect()
+	if err != nil {
 		return nil, explainLoad(err)
 	}
-	if err := p.attach(clients, both); err != nil {
-		return nil, errors.Join(err, p.Close())
+	if p.pins, err = openPins(o.Pins, o.Lock, spec); err != nil {
+		return nil, err
 	}
-	p.tasks = taskReader{program: p.objects.KlammTask, wanted: p.objects.KlammWantedPid}
-	return p, nil
+	kept, err := p.pins.maps(spec)
+	if err != nil {
+		return nil, err
+	}
+	// Only kernels before 5.11 need it, where it may fail without harm for us.
+	_ = rlimit.RemoveMemlock()
+	err = spec.LoadAndAssign(&p.objects, &ebpf.CollectionOptions{MapReplacements: kept})
+	for _, m := range kept {
+		_ = m.Close() // the collection has descriptors of its own
+	}
+	if err != nil {
+		return nil, explainLoad(err)
+	}
+	if err := p.prepare(o.Ports); err != nil {
+		return nil, err
+	}
+	if err := p.attach(clients, both); err != nil {
+		return nil, err
+	}
+	return p, p.pins.commit(p)
 }
 
-// cgroups opens the directory of the clients, and the deepest one that has the listeners below it too.
-func (o Options) cgroups() (clients, both *os.File, err error) {
+// prepare sets what must be in the maps before a program runs.
+func (p *Programs) prepare(ports []uint16) (err error) {
+	p.tasks = taskReader{program: p.objects.KlammTask, wanted: p.objects.KlammWantedPid}
+	if p.events, err = ringbuf.NewReader(p.objects.KlammEvents); err != nil {
+		return fmt.Errorf("read the events of the eBPF programs: %w", err)
+	}
+	if err := p.objects.KlammConfig.Lookup(uint32(0), &p.config); err != nil {
+		return fmt.Errorf("read what is configured in the kernel: %w", err)
+	}
+	before, err := p.pins.ports(p.objects.KlammPorts)
+	if err != nil {
+		return err
+	}
+	return p.addPorts(append(before, ports...))
+}
+
+// openCgroups opens the directory of the clients, and the deepest one that has the listeners below it too.
+func (o Options) openCgroups() (clients, both *os.File, err error) {
 	path, err := filepath.EvalSymlinks(o.CgroupPath)
 	if err != nil {
 		return nil, nil, err
@@ -107,31 +168,79 @@ func isBelow(path, above string) bool {
 	return err == nil && filepath.IsLocal(relative)
 }
 
-// attach puts connect last, so that no socket is redirected before the way behind it is complete.
+// attach puts connect last, so that no socket is redirected before the way behind it is complete; egress comes before
+// it, because it must know the stamps of whom connect lets go.
 func (p *Programs) attach(clients, both *os.File) error {
-	for _, hook := range []struct {
-		cgroup  *os.File
-		attach  ebpf.AttachType
-		program *ebpf.Program
-	}{
-		{both, ebpf.AttachCGroupSockOps, p.objects.KlammSockops},
-		{clients, ebpf.AttachCGroupInet4PostBind, p.objects.KlammPostBind4},
-		{clients, ebpf.AttachCGroupInet6PostBind, p.objects.KlammPostBind6},
-		{clients, ebpf.AttachCgroupInet4GetPeername, p.objects.KlammGetpeername4},
-		{clients, ebpf.AttachCgroupInet6GetPeername, p.objects.KlammGetpeername6},
-		{clients, ebpf.AttachCGroupInet4Connect, p.objects.KlammConnect4},
-		{clients, ebpf.AttachCGroupInet6Connect, p.objects.KlammConnect6},
-	} {
-		// A link and never the older BPF_PROG_ATTACH: programs by link always let others attach too.
-		l, err := link.AttachRawLink(link.RawLinkOptions{
-			Target: int(hook.cgroup.Fd()), Attach: hook.attach, Program: hook.program,
-		})
-		if err != nil {
-			return explainAttach(hook.cgroup, hook.attach, err)
+	o := &p.objects
+	p.hooks = []*hook{
+		{name: "sockops", cgroup: both, attach: ebpf.AttachCGroupSockOps, program: o.KlammSockops},
+		{name: "post_bind4", cgroup: clients, attach: ebpf.AttachCGroupInet4PostBind, program: o.KlammPostBind4},
+		{name: "post_bind6", cgroup: clients, attach: ebpf.AttachCGroupInet6PostBind, program: o.KlammPostBind6},
+		{name: "getpeername4", cgroup: clients, attach: ebpf.AttachCgroupInet4GetPeername, program: o.KlammGetpeername4},
+		{name: "getpeername6", cgroup: clients, attach: ebpf.AttachCgroupInet6GetPeername, program: o.KlammGetpeername6},
+		{name: "egress", cgroup: clients, attach: ebpf.AttachCGroupInetEgress, program: o.KlammEgress},
+		{name: "connect4", cgroup: clients, attach: ebpf.AttachCGroupInet4Connect, program: o.KlammConnect4},
+		{name: "connect6", cgroup: clients, attach: ebpf.AttachCGroupInet6Connect, program: o.KlammConnect6},
+		{name: "sock_create", cgroup: clients, attach: ebpf.AttachCGroupInetSockCreate, program: o.KlammSockCreate},
+	}
+	for _, h := range p.hooks {
+		var s unix.Stat_t
+		if err := unix.Fstat(int(h.cgroup.Fd()), &s); err != nil {
+			return explainCgroup(err)
 		}
-		p.links = append(p.links, l)
+		h.id = s.Ino
+		if h.link = p.pins.link(h); h.link != nil {
+			if err := h.link.Update(h.program); err != nil {
+				return fmt.Errorf("put a new program at %s of %s: %w", h.name, h.cgroup.Name(), err)
+			}
+			continue
+		}
+		if err := h.reattach(); err != nil {
+			return err
+		}
 	}
 	return nil
+}
+
+// reattach makes a new link; never the older BPF_PROG_ATTACH: programs by link always let others attach too.
+func (h *hook) reattach() error {
+	l, err := link.AttachRawLink(link.RawLinkOptions{Target: int(h.cgroup.Fd()), Attach: h.attach, Program: h.program})
+	if err != nil {
+		return explainAttach(h.cgroup, h.attach, err)
+	}
+	h.link = l
+	return nil
+}
+
+// holds tells whether the link still attaches to the hook's cgroup: whoever is root on the host may sever it.
+func (h *hook) holds(l link.Link) bool {
+	info, err := l.Info()
+	return err == nil && info.Cgroup() != nil && info.Cgroup().CgroupId == h.id
+}
+
+// Repair attaches again what was severed, and pins again what was unpinned. It returns the names of the hooks at which
+// something was wrong: somebody with root's rights wants them away.
+func (p *Programs) Repair() (wrong []string, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var errs []error
+	for _, h := range p.hooks {
+		severed := !h.holds(h.link)
+		if !severed && p.pins.has(h) {
+			continue
+		}
+		wrong = append(wrong, h.name)
+		if severed {
+			old := h.link
+			if err := h.reattach(); err != nil {
+				errs = append(errs, err)
+				continue
+			}
+			_ = old.Close() // it attaches nothing any more
+		}
+		errs = append(errs, p.pins.keep(h))
+	}
+	return wrong, errors.Join(errs...)
 }
 
 func explainCgroup(err error) error {
@@ -200,140 +309,4 @@ func programName(id ebpf.ProgramID) string {
 		return ""
 	}
 	return " (" + info.Name + ")"
-}
-
-// Close detaches and unloads the programs: from then on nothing is redirected or refused.
-func (p *Programs) Close() error {
-	var errs []error
-	// Connect first: what is already redirected then still finds its way.
-	for i := len(p.links) - 1; i >= 0; i-- {
-		errs = append(errs, p.links[i].Close())
-	}
-	p.links = nil
-	return errors.Join(append(errs, p.objects.Close())...)
-}
-
-// SetPorts replaces the set of broker ports: a connect to one of them, on any address, is broker-bound.
-func (p *Programs) SetPorts(ports []uint16) error {
-	var set redirectKlammPorts
-	for _, port := range ports {
-		set.Bits[port/64] |= 1 << (port % 64)
-	}
-	if err := p.objects.KlammPorts.Put(uint32(0), &set); err != nil {
-		return fmt.Errorf("set the broker ports %v: %w", ports, err)
-	}
-	return nil
-}
-
-// Enrol names the listener of a network namespace, by the port on which it listens at 127.0.0.1 and ::1. cookie is
-// SO_NETNS_COOKIE of any socket made in it. Broker-bound connects are refused in a namespace that is not enrolled.
-func (p *Programs) Enrol(cookie uint64, port uint16) error {
-	if err := p.objects.KlammEnrolled.Put(cookie, port); err != nil {
-		return fmt.Errorf("enrol network namespace %d with port %d: %w", cookie, port, err)
-	}
-	return nil
-}
-
-// Unenrol undoes Enrol; it is no error if cookie is not enrolled.
-func (p *Programs) Unenrol(cookie uint64) error {
-	if err := p.objects.KlammEnrolled.Delete(cookie); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-		return fmt.Errorf("take network namespace %d out of the redirect: %w", cookie, err)
-	}
-	return nil
-}
-
-// Exempt lets the processes in a cgroup and below it connect to brokers directly: meant for brokers on this host.
-// cgroupID is the inode of the directory in cgroup2. A process is exempt by the cgroup in which it is when it connects.
-// Cgroups deeper than 31 levels cannot be exempted.
-func (p *Programs) Exempt(cgroupID uint64) error {
-	if err := p.objects.KlammExempt.Put(cgroupID, uint8(1)); err != nil {
-		return fmt.Errorf("exempt cgroup %d: %w", cgroupID, err)
-	}
-	return nil
-}
-
-// Unexempt undoes Exempt; it is no error if cgroupID is not exempt.
-func (p *Programs) Unexempt(cgroupID uint64) error {
-	if err := p.objects.KlammExempt.Delete(cgroupID); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-		return fmt.Errorf("redirect cgroup %d again: %w", cgroupID, err)
-	}
-	return nil
-}
-
-// Down refuses connects to a destination in a network namespace for so long, as its host would where nobody listens:
-// the node could not reach it.
-func (p *Programs) Down(cookie uint64, to netip.AddrPort, d time.Duration) error {
-	key := destination(cookie, to)
-	until, err := sinceBoot()
-	if err == nil {
-		err = p.objects.KlammDown.Put(&key, until+uint64(d))
-	}
-	if err != nil {
-		return fmt.Errorf("refuse connects to %s: %w", to, err)
-	}
-	return nil
-}
-
-// Forget removes what Down said, once its time is over.
-func (p *Programs) Forget(cookie uint64, to netip.AddrPort) error {
-	key := destination(cookie, to)
-	var until uint64
-	err := p.objects.KlammDown.Lookup(&key, &until)
-	if err == nil {
-		var now uint64
-		if now, err = sinceBoot(); err == nil && now >= until {
-			err = p.objects.KlammDown.Delete(&key)
-		}
-	}
-	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-		return fmt.Errorf("forget that %s is down: %w", to, err)
-	}
-	return nil
-}
-
-func destination(cookie uint64, to netip.AddrPort) redirectKlammDestination {
-	address := to.Addr().As16()
-	key := redirectKlammDestination{NetnsCookie: cookie, Port: uint32(to.Port())}
-	for i := range key.To.Word {
-		key.To.Word[i] = binary.NativeEndian.Uint32(address[4*i:])
-	}
-	return key
-}
-
-// sinceBoot is bpf_ktime_get_boot_ns.
-func sinceBoot() (uint64, error) {
-	var t unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t); err != nil {
-		return 0, fmt.Errorf("read the time since boot: %w", err)
-	}
-	return uint64(t.Nano()), nil
-}
-
-// Stamp marks a socket as the node's own: it may connect to brokers and bind the listener's port. Stamp before
-// connect(2) or bind(2). Sockets accepted by a stamped listener are not stamped.
-func (p *Programs) Stamp(fd int) error {
-	if err := p.objects.KlammStamp.Put(int32(fd), uint8(1)); err != nil {
-		return fmt.Errorf("stamp the socket: %w", err)
-	}
-	return nil
-}
-
-// Record returns who connected the accepted socket fd, and where to. ErrNoRecord and ErrRecordVersion are reasons to
-// refuse it, as is any other error.
-func (p *Programs) Record(fd int) (Record, error) {
-	var r Record
-	switch err := p.objects.KlammAccepted.Lookup(int32(fd), &r); {
-	case errors.Is(err, ebpf.ErrKeyNotExist):
-		return Record{}, ErrNoRecord
-	case err != nil:
-		return Record{}, fmt.Errorf("read the record of a socket: %w", err)
-	case r.Version != recordVersion:
-		return Record{}, fmt.Errorf("%w: it is %d, not %d", ErrRecordVersion, r.Version, recordVersion)
-	}
-	return r, nil
-}
-
-// Task returns what the process pid (a thread group id in the init pid namespace) is now; ErrNoTask if there is none.
-func (p *Programs) Task(pid uint32) (TaskFacts, error) {
-	return p.tasks.read(pid)
 }

@@ -13,6 +13,7 @@ const recordVersion = 1
 var (
 	_ [unsafe.Sizeof(redirectKlammRecord{})]byte      = [unsafe.Sizeof(Record{})]byte{}
 	_ [unsafe.Sizeof(redirectKlammRecord{}.Task)]byte = [unsafe.Sizeof(TaskFacts{})]byte{}
+	_ [unsafe.Sizeof(redirectKlammEvent{})]byte       = [unsafe.Sizeof(Event{})]byte{}
 )
 
 // Comm is the kernel's short name of a task: at most 15 bytes and a NUL. A process chooses its own.
@@ -68,4 +69,52 @@ type Record struct {
 // unspecified one is loopback, as Linux takes it.
 func (r Record) Destination() netip.AddrPort {
 	return netip.AddrPortFrom(netip.AddrFrom16(r.DAddr).Unmap(), r.DPort)
+}
+
+// Event is something the kernel did or refused that the node acts on or puts on record (struct klamm_event of record.h).
+// Of the same reason in the same network namespace there is one in 50 ms; the counters have all.
+type Event struct {
+	NetnsCookie uint64 // 0 for a dropped packet
+	CgroupID    uint64 // of the socket for a dropped packet, of the process otherwise
+	reason      uint32
+	TGID, TID   uint32 // as in Record; 0 for a dropped packet
+	UID         uint32
+	DAddr       [16]byte
+	DPort       uint32
+	_           uint32
+	Comm        Comm // of the thread
+}
+
+// Unenrolled tells whether it happened in a network namespace in which nobody listens.
+func (e Event) Unenrolled() bool {
+	switch redirectKlammReason(e.reason) {
+	case redirectKlammReasonKLAMM_REASONS, redirectKlammReasonKLAMM_REFUSED_NOT_ENROLLED,
+		redirectKlammReasonKLAMM_PASSED_NOT_ENROLLED:
+		return true
+	}
+	return false
+}
+
+// Reason is the name of the counter that counts it; "" for a socket made where nobody listens yet, which is counted
+// nowhere.
+func (e Event) Reason() string {
+	if int(e.reason) < len(counterNames) {
+		return counterNames[e.reason]
+	}
+	return ""
+}
+
+// Destination is where the connect or the packet was going.
+func (e Event) Destination() netip.AddrPort {
+	return netip.AddrPortFrom(netip.AddrFrom16(e.DAddr).Unmap(), uint16(e.DPort))
+}
+
+// parseEvent copies an event out of the ring; false for one of another length, which another version wrote.
+func parseEvent(b []byte) (e Event, ok bool) {
+	if len(b) != int(unsafe.Sizeof(e)) {
+		return e, false
+	}
+	//nolint:gosec // of the same length, and without pointers
+	copy(unsafe.Slice((*byte)(unsafe.Pointer(&e)), len(b)), b)
+	return e, true
 }

@@ -42,3 +42,26 @@ struct klamm_record {
 	char comm[16]; /* of the connecting thread */
 };
 _Static_assert(sizeof(struct klamm_record) == 152, "record.go mirrors this layout");
+
+/* Something the node is to act on, or to put on record: at most one per network namespace, reason and moment. */
+struct klamm_event {
+	__u64 netns_cookie;
+	__u64 cgroup_id; /* of the socket where a packet was dropped, of the process otherwise */
+	__u32 reason;    /* enum klamm_reason; KLAMM_REASONS for a socket made where nobody listens yet */
+	__u32 tgid, tid, uid; /* 0 where a packet was dropped: whoever runs then need not have sent it */
+	__u8 daddr[16];
+	__u32 dport; /* host order */
+	__u32 pad;
+	char comm[16];
+};
+_Static_assert(sizeof(struct klamm_event) == 72, "record.go mirrors this layout");
+
+/* What the node sets. */
+struct klamm_config {
+	__u64 deadline;          /* of the heartbeat, ns since boot: later, the enforcer counts as down */
+	__u8 pass_down;          /* on-enforcer-down: pass */
+	__u8 pass_unenrolled;    /* on-unenrolled: pass */
+	__u8 cut_established;    /* the second line also stops connections that were there before the node */
+	__u8 pad[5];
+};
+_Static_assert(sizeof(struct klamm_config) == 16, "load.go mirrors this layout");

@@ -11,8 +11,14 @@
 //   getpeername4/6       tells the client the address it asked for
 //
 // Every entry dies with its socket or within the handshake, so nothing is evicted and nothing is swept.
+//
+// Two more stand beside that way:
+//
+//   sock_create          tells the node of a network namespace in which it does not listen yet
+//   egress               the second line: a broker-bound packet of a socket that connect4/6 did not let go is dropped
 #include "kernel.h"
 #include "connect.h"
+#include "packet.h"
 #include "record.h"
 
 /* Helpers that read kernel memory are for GPL programs only, so this half is loaded under that of its two licences. */
@@ -21,19 +27,20 @@ char klamm_license[] SEC("license") = "GPL";
 #define AF_INET 2
 #define AF_INET6 10
 #define SOCK_STREAM 1
-#define IPPROTO_TCP 6
 #define IPPROTO_MPTCP 262
 #define SOL_SOCKET 1
 #define SO_BINDTODEVICE 25
 #define TCP_CLOSE 7
+#define TCP_LISTEN 10
 #define ECONNREFUSED 111
 
 #define REFUSE 0
 #define PASS 1
 
-/* The brokers' ports, one bit each. */
+/* The brokers' ports, one bit each: brokers' wherever they are, or at the addresses in klamm_networks only. */
 struct klamm_ports {
-	__u64 bits[65536 / 64];
+	__u64 anywhere[65536 / 64];
+	__u64 somewhere[65536 / 64];
 };
 
 struct {
@@ -42,6 +49,28 @@ struct {
 	MAP_TYPE(key, __u32);
 	MAP_TYPE(value, struct klamm_ports);
 } klamm_ports SEC(".maps");
+
+struct klamm_network {
+	__u32 bits; /* of what follows */
+	__u32 port; /* host order; matches whole */
+	struct klamm_address to;
+};
+
+/* Where ports that others use too, such as 443, are a broker's. */
+struct {
+	MAP_NUMBER(type, BPF_MAP_TYPE_LPM_TRIE);
+	MAP_NUMBER(max_entries, 16384);
+	MAP_NUMBER(map_flags, BPF_F_NO_PREALLOC);
+	MAP_TYPE(key, struct klamm_network);
+	MAP_TYPE(value, __u8);
+} klamm_networks SEC(".maps");
+
+struct {
+	MAP_NUMBER(type, BPF_MAP_TYPE_ARRAY);
+	MAP_NUMBER(max_entries, 1);
+	MAP_TYPE(key, __u32);
+	MAP_TYPE(value, struct klamm_config);
+} klamm_config SEC(".maps");
 
 /* Network namespace cookie -> port of the listener in it, host order. */
 struct {
@@ -52,13 +81,13 @@ struct {
 	MAP_TYPE(value, __u16);
 } klamm_enrolled SEC(".maps");
 
-/* Ids of cgroups whose processes are not redirected: brokers on this host. */
+/* Ids of cgroups whose processes are not redirected: brokers on this host. The value counts their connects. */
 struct {
 	MAP_NUMBER(type, BPF_MAP_TYPE_HASH);
 	MAP_NUMBER(max_entries, 1024);
 	MAP_NUMBER(map_flags, BPF_F_NO_PREALLOC);
 	MAP_TYPE(key, __u64);
-	MAP_TYPE(value, __u8);
+	MAP_TYPE(value, __u64);
 } klamm_exempt SEC(".maps");
 
 struct klamm_destination {
@@ -78,7 +107,10 @@ struct {
 	MAP_TYPE(value, __u64);
 } klamm_down SEC(".maps");
 
-/* The node's own sockets. Only who holds the map can write here, unlike a mark, which CAP_NET_RAW may set. */
+#define KLAMM_STAMP_OWN 1    /* the node's own socket, said so by the node */
+#define KLAMM_STAMP_PASSED 2 /* connect4/6 let it go; until its next connect */
+
+/* Who may send to brokers. Only who holds the map can write here, unlike a mark, which CAP_NET_RAW may set. */
 struct {
 	MAP_NUMBER(type, BPF_MAP_TYPE_SK_STORAGE);
 	MAP_NUMBER(map_flags, BPF_F_NO_PREALLOC);
@@ -124,6 +156,27 @@ struct {
 	MAP_TYPE(value, __u64);
 } klamm_counters SEC(".maps");
 
+/* What the node acts on. What does not fit is counted. */
+struct {
+	MAP_NUMBER(type, BPF_MAP_TYPE_RINGBUF);
+	MAP_NUMBER(max_entries, 256 * 1024);
+	MAP_TYPE(value, struct klamm_event);
+} klamm_events SEC(".maps");
+
+struct klamm_told {
+	__u64 of; /* a network namespace's cookie, or a cgroup's id */
+	__u64 reason;
+};
+
+/* When the node was last told of a reason. Least recently used goes first: at worst it is told
+ * again. */
+struct {
+	MAP_NUMBER(type, BPF_MAP_TYPE_LRU_HASH);
+	MAP_NUMBER(max_entries, 16384);
+	MAP_TYPE(key, struct klamm_told);
+	MAP_TYPE(value, __u64);
+} klamm_told SEC(".maps");
+
 /* Atomic although per CPU: one task can interrupt another within a program. */
 INLINE void count(enum klamm_reason reason)
 {
@@ -133,12 +186,64 @@ INLINE void count(enum klamm_reason reason)
 		__sync_fetch_and_add(n, 1);
 }
 
-INLINE int is_broker_port(__u16 port)
+INLINE int is_broker(const struct klamm_address *to, __u16 port)
 {
 	__u32 zero = 0;
 	const struct klamm_ports *p = bpf_map_lookup_elem(&klamm_ports, &zero);
+	struct klamm_network n = {.bits = 8 * (sizeof(n) - sizeof(n.bits)), .port = port, .to = *to};
 
-	return p && p->bits[port / 64] >> (port % 64) & 1;
+	if (!p)
+		return 1;
+	if (p->anywhere[port / 64] >> (port % 64) & 1)
+		return 1;
+	if (!(p->somewhere[port / 64] >> (port % 64) & 1))
+		return 0;
+	klamm_embedded_v4(&n.to);
+	return !!bpf_map_lookup_elem(&klamm_networks, &n);
+}
+
+/* One moment: what happens again within it is not worth another event. */
+#define KLAMM_MOMENT 50000000 /* ns */
+
+/* Reserves an event, or returns NULL. */
+INLINE struct klamm_event *tell(__u64 of, __u32 reason)
+{
+	struct klamm_told key = {.of = of, .reason = reason};
+	const __u64 *last = bpf_map_lookup_elem(&klamm_told, &key);
+	__u64 now = bpf_ktime_get_boot_ns();
+	struct klamm_event *e;
+
+	if (last && now - *last < KLAMM_MOMENT)
+		return NULL;
+	bpf_map_update_elem(&klamm_told, &key, &now, BPF_ANY);
+	e = bpf_ringbuf_reserve(&klamm_events, sizeof(*e), 0);
+	if (!e) {
+		count(KLAMM_EVENT_LOST);
+		return NULL;
+	}
+	__builtin_memset(e, 0, sizeof(*e));
+	e->reason = reason;
+	return e;
+}
+
+INLINE void tell_of_process(__u64 netns_cookie, __u32 reason, const struct klamm_address *to, __u16 port)
+{
+	struct klamm_event *e = tell(netns_cookie, reason);
+	__u64 pid_tgid;
+
+	if (!e)
+		return;
+	pid_tgid = bpf_get_current_pid_tgid();
+	e->netns_cookie = netns_cookie;
+	e->cgroup_id = bpf_get_current_cgroup_id();
+	e->tgid = pid_tgid >> 32;
+	e->tid = pid_tgid;
+	e->uid = bpf_get_current_uid_gid();
+	if (to)
+		__builtin_memcpy(e->daddr, to, sizeof(e->daddr));
+	e->dport = port;
+	bpf_get_current_comm(e->comm, sizeof(e->comm));
+	bpf_ringbuf_submit(e, 0);
 }
 
 INLINE __u16 listener_port(void *ctx)
@@ -162,12 +267,15 @@ INLINE int is_down(void *ctx, const struct klamm_connect *c)
 INLINE int is_exempt(void)
 {
 	for (int level = 0; level < 32; level++) {
-		__u64 id = bpf_get_current_ancestor_cgroup_id(level);
+		__u64 id = bpf_get_current_ancestor_cgroup_id(level), *connects;
 
 		if (!id)
 			return 0;
-		if (bpf_map_lookup_elem(&klamm_exempt, &id))
+		connects = bpf_map_lookup_elem(&klamm_exempt, &id);
+		if (connects) {
+			__sync_fetch_and_add(connects, 1);
 			return 1;
+		}
 	}
 	return 0;
 }
@@ -211,6 +319,14 @@ INLINE void write_record(struct klamm_record *r, struct bpf_sock_addr *ctx, cons
 	bpf_get_current_comm(r->comm, sizeof(r->comm));
 }
 
+/* 0 for a socket that has none. */
+INLINE __u8 stamp_of(struct bpf_sock *sk)
+{
+	const __u8 *stamp = sk ? bpf_sk_storage_get(&klamm_stamp, sk, NULL, 0) : NULL;
+
+	return stamp ? *stamp : 0;
+}
+
 /* Makes the socket ready to be sent to the listener; any reason but KLAMM_REDIRECTED refuses it. */
 INLINE enum klamm_reason prepare(struct bpf_sock_addr *ctx, const struct klamm_connect *c, __u16 family)
 {
@@ -233,6 +349,38 @@ INLINE enum klamm_reason prepare(struct bpf_sock_addr *ctx, const struct klamm_c
 	return KLAMM_REDIRECTED;
 }
 
+/* What matters for broker-bound connects only. */
+INLINE void look_closer(struct bpf_sock_addr *ctx, struct klamm_connect *c)
+{
+	struct task_struct___klamm *task = (void *)bpf_get_current_task();
+	__u32 zero = 0;
+	const struct klamm_config *config = bpf_map_lookup_elem(&klamm_config, &zero);
+
+	c->stamped = stamp_of(ctx->sk) == KLAMM_STAMP_OWN;
+	c->kernel_thread = !!(READ(task, flags) & PF_KTHREAD);
+	if (!c->stamped && !c->kernel_thread)
+		c->exempt = is_exempt();
+	c->down = is_down(ctx, c);
+	c->enforcer_down = 1;
+	if (config) {
+		c->enforcer_down = bpf_ktime_get_boot_ns() > config->deadline;
+		c->pass_down = config->pass_down;
+		c->pass_unenrolled = config->pass_unenrolled;
+	}
+}
+
+INLINE int is_passed(enum klamm_reason reason) { return reason <= KLAMM_PASSED_NOT_ENROLLED; }
+
+/* Tells the second line whether connect let the socket go to a broker. Where there is no memory for it, the second line
+ * knows the exempt ones by their cgroup, and drops the others. */
+INLINE void let_go(struct bpf_sock *sk, int passed)
+{
+	__u8 *stamp = bpf_sk_storage_get(&klamm_stamp, sk, NULL, passed ? BPF_SK_STORAGE_GET_F_CREATE : 0);
+
+	if (stamp && *stamp != KLAMM_STAMP_OWN)
+		*stamp = passed ? KLAMM_STAMP_PASSED : 0;
+}
+
 /* Fills the rest of c (to and port are given) and decides. Looks up only what this destination needs: most connects
  * are neither broker-bound nor to loopback. */
 INLINE enum klamm_reason on_connect(struct bpf_sock_addr *ctx, struct klamm_connect *c, __u16 family)
@@ -241,24 +389,22 @@ INLINE enum klamm_reason on_connect(struct bpf_sock_addr *ctx, struct klamm_conn
 	enum klamm_reason reason;
 
 	klamm_normalise(&c->to);
-	c->broker_port = is_broker_port(c->port);
-	if (c->broker_port || klamm_is_loopback(&c->to))
+	c->broker = is_broker(&c->to, c->port);
+	if (c->broker || klamm_is_loopback(&c->to))
 		c->listener = listener_port(ctx);
-	if (c->broker_port) {
-		struct task_struct___klamm *task = (void *)bpf_get_current_task();
-
-		c->stamped = sk && bpf_sk_storage_get(&klamm_stamp, sk, NULL, 0);
-		c->kernel_thread = !!(READ(task, flags) & PF_KTHREAD);
-		c->exempt = is_exempt();
-		c->down = is_down(ctx, c);
-	}
+	if (c->broker)
+		look_closer(ctx, c);
 	reason = klamm_decide(c);
 	if (reason == KLAMM_REDIRECTED)
 		reason = prepare(ctx, c, family);
 	/* A socket may connect again after connect(AF_UNSPEC): what it was before no longer holds. */
 	if (reason != KLAMM_REDIRECTED && sk)
 		bpf_sk_storage_delete(&klamm_client, sk);
+	if (sk && reason != KLAMM_PASSED_STAMPED)
+		let_go(sk, is_passed(reason) && c->broker);
 	count(reason);
+	if (reason == KLAMM_REFUSED_NOT_ENROLLED || reason == KLAMM_PASSED_NOT_ENROLLED || reason > KLAMM_REDIRECTED)
+		tell_of_process(bpf_get_netns_cookie(ctx), reason, &c->to, c->port);
 	return reason;
 }
 
@@ -285,7 +431,7 @@ int klamm_connect4(struct bpf_sock_addr *ctx)
 		return PASS;
 	klamm_set_v4(&c.to, CTX(ctx->user_ip4));
 	reason = on_connect(ctx, &c, AF_INET);
-	if (reason <= KLAMM_PASSED_EXEMPT)
+	if (is_passed(reason))
 		return PASS;
 	if (reason != KLAMM_REDIRECTED)
 		return refuse();
@@ -308,7 +454,7 @@ int klamm_connect6(struct bpf_sock_addr *ctx)
 	c.to.word[2] = CTX(ctx->user_ip6[2]);
 	c.to.word[3] = CTX(ctx->user_ip6[3]);
 	reason = on_connect(ctx, &c, AF_INET6);
-	if (reason <= KLAMM_PASSED_EXEMPT)
+	if (is_passed(reason))
 		return PASS;
 	if (reason != KLAMM_REDIRECTED)
 		return refuse();
@@ -364,9 +510,10 @@ INLINE int on_bind(struct bpf_sock *ctx, struct klamm_address *at)
 	klamm_normalise(at);
 	if (!klamm_is_listener_address(at) || CTX(ctx->src_port) != listener_port(ctx))
 		return PASS;
-	if (bpf_sk_storage_get(&klamm_stamp, ctx, NULL, 0))
+	if (stamp_of(ctx) == KLAMM_STAMP_OWN)
 		return PASS;
 	count(KLAMM_REFUSED_BIND);
+	tell_of_process(bpf_get_netns_cookie(ctx), KLAMM_REFUSED_BIND, at, CTX(ctx->src_port));
 	return REFUSE;
 }
 
@@ -502,6 +649,121 @@ int klamm_sockops(struct bpf_sock_ops *ctx)
 		break;
 	}
 	return 1;
+}
+
+/* In practice the first socket of a container is its resolver's: by the time it connects the node listens. */
+SEC("cgroup/sock_create")
+int klamm_sock_create(struct bpf_sock *ctx)
+{
+	if (!listener_port(ctx))
+		tell_of_process(bpf_get_netns_cookie(ctx), KLAMM_REASONS, NULL, 0);
+	return PASS;
+}
+
+/* By the cgroup the socket was made in: connections older than the node have nothing else to tell them by. */
+INLINE int is_exempt_socket(struct __sk_buff *skb)
+{
+	for (int level = 0; level < 32; level++) {
+		__u64 id = bpf_skb_ancestor_cgroup_id(skb, level);
+
+		if (!id)
+			return 0;
+		if (bpf_map_lookup_elem(&klamm_exempt, &id))
+			return 1;
+	}
+	return 0;
+}
+
+/* Whether somebody listens at the packet's source: then a client of his has a broker's port as its own. */
+INLINE int is_served(struct __sk_buff *skb, const struct klamm_packet *p)
+{
+	struct bpf_sock_tuple t = {};
+	struct bpf_sock *listener;
+	__u32 size = sizeof(t.ipv6);
+	int served;
+
+	/* With no source port it finds no connection, only listeners. */
+	if (klamm_is_v4(&p->to)) {
+		size = sizeof(t.ipv4);
+		t.ipv4.saddr = p->to.word[3];
+		t.ipv4.daddr = p->from.word[3];
+		t.ipv4.dport = p->tcp.from;
+	} else {
+		__builtin_memcpy(t.ipv6.saddr, &p->to, sizeof(t.ipv6.saddr));
+		__builtin_memcpy(t.ipv6.daddr, &p->from, sizeof(t.ipv6.daddr));
+		t.ipv6.dport = p->tcp.from;
+	}
+	listener = bpf_skc_lookup_tcp(skb, &t, size, BPF_F_CURRENT_NETNS, 0);
+	if (!listener)
+		return 0;
+	served = listener->state == TCP_LISTEN;
+	bpf_sk_release(listener);
+	return served;
+}
+
+/* Packets that are not broker-bound leave after one look at a bitmap. */
+INLINE int may_leave(struct __sk_buff *skb, const struct klamm_packet *p)
+{
+	__u32 zero = 0;
+	const struct klamm_config *config;
+	struct bpf_sock *sk = skb->sk;
+
+	if (!is_broker(&p->to, klamm_be16(p->tcp.to)))
+		return 1;
+	/* A reset ends what it is sent for and carries nothing: the broker may as well hear that a client is gone. */
+	if (p->tcp.flags & TCP_RST)
+		return 1;
+	if (sk)
+		sk = bpf_sk_fullsock(sk);
+	if (sk && stamp_of(sk))
+		return 1;
+	if (is_exempt_socket(skb))
+		return 1;
+	if (klamm_begins(p))
+		return 0;
+	/* Not a full socket: the kernel's last acknowledgements for one that is gone. */
+	if (!sk)
+		return 1;
+	config = bpf_map_lookup_elem(&klamm_config, &zero);
+	if (config && !config->cut_established)
+		return 1;
+	return is_served(skb, p);
+}
+
+/* Told by cgroup: before 6.15 a program at this hook is not told its network namespace. */
+INLINE int drop(struct __sk_buff *skb, const struct klamm_packet *p, enum klamm_reason reason)
+{
+	__u64 cgroup_id = bpf_skb_cgroup_id(skb);
+	struct klamm_event *e = tell(cgroup_id, reason);
+
+	count(reason);
+	if (!e)
+		return REFUSE;
+	e->cgroup_id = cgroup_id;
+	if (reason != KLAMM_DROPPED_UNREADABLE)
+		__builtin_memcpy(e->daddr, &p->to, sizeof(e->daddr));
+	if (reason == KLAMM_DROPPED_EGRESS)
+		e->dport = klamm_be16(p->tcp.to);
+	bpf_ringbuf_submit(e, 0);
+	return REFUSE;
+}
+
+SEC("cgroup_skb/egress")
+int klamm_egress(struct __sk_buff *skb)
+{
+	struct klamm_packet p = {};
+
+	switch (klamm_read_packet(skb, &p)) {
+	case KLAMM_NOT_TCP:
+		return PASS;
+	case KLAMM_TCP:
+		return may_leave(skb, &p) ? PASS : drop(skb, &p, KLAMM_DROPPED_EGRESS);
+	case KLAMM_FRAGMENT:
+		return drop(skb, &p, KLAMM_DROPPED_FRAGMENT);
+	case KLAMM_UNREADABLE:
+		break;
+	}
+	return drop(skb, &p, KLAMM_DROPPED_UNREADABLE);
 }
 
 /* Set under the reader's lock. */

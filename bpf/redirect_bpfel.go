@@ -13,20 +13,53 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type redirectKlammAddress struct {
+	_    structs.HostLayout
+	Word [4]uint32
+}
+
+type redirectKlammConfig struct {
+	_              structs.HostLayout
+	Deadline       uint64
+	PassDown       uint8
+	PassUnenrolled uint8
+	CutEstablished uint8
+	Pad            [5]uint8
+}
+
 type redirectKlammDestination struct {
 	_           structs.HostLayout
 	NetnsCookie uint64
-	To          struct {
-		_    structs.HostLayout
-		Word [4]uint32
-	}
+	To          redirectKlammAddress
+	Port        uint32
+	Pad         uint32
+}
+
+type redirectKlammEvent struct {
+	_           structs.HostLayout
+	NetnsCookie uint64
+	CgroupId    uint64
+	Reason      uint32
+	Tgid        uint32
+	Tid         uint32
+	Uid         uint32
+	Daddr       [16]uint8
+	Dport       uint32
+	Pad         uint32
+	Comm        [16]int8
+}
+
+type redirectKlammNetwork struct {
+	_    structs.HostLayout
+	Bits uint32
 	Port uint32
-	Pad  uint32
+	To   redirectKlammAddress
 }
 
 type redirectKlammPorts struct {
-	_    structs.HostLayout
-	Bits [1024]uint64
+	_         structs.HostLayout
+	Anywhere  [1024]uint64
+	Somewhere [1024]uint64
 }
 
 type redirectKlammReason uint32
@@ -36,21 +69,28 @@ const (
 	redirectKlammReasonKLAMM_PASSED_STAMPED              redirectKlammReason = 1
 	redirectKlammReasonKLAMM_PASSED_KERNEL_THREAD        redirectKlammReason = 2
 	redirectKlammReasonKLAMM_PASSED_EXEMPT               redirectKlammReason = 3
-	redirectKlammReasonKLAMM_REDIRECTED                  redirectKlammReason = 4
-	redirectKlammReasonKLAMM_REFUSED_DIRECT              redirectKlammReason = 5
-	redirectKlammReasonKLAMM_REFUSED_NOT_ENROLLED        redirectKlammReason = 6
-	redirectKlammReasonKLAMM_REFUSED_DOWN                redirectKlammReason = 7
-	redirectKlammReasonKLAMM_REFUSED_NO_SOCKET           redirectKlammReason = 8
-	redirectKlammReasonKLAMM_REFUSED_NO_STORAGE          redirectKlammReason = 9
-	redirectKlammReasonKLAMM_REFUSED_BOUND_DEVICE        redirectKlammReason = 10
-	redirectKlammReasonKLAMM_REFUSED_BIND                redirectKlammReason = 11
-	redirectKlammReasonKLAMM_HANDSHAKE_BEGUN             redirectKlammReason = 12
-	redirectKlammReasonKLAMM_HANDSHAKE_NO_STATE_CALLBACK redirectKlammReason = 13
-	redirectKlammReasonKLAMM_HANDSHAKE_NO_ENTRY          redirectKlammReason = 14
-	redirectKlammReasonKLAMM_HANDED_OVER                 redirectKlammReason = 15
-	redirectKlammReasonKLAMM_ACCEPTED_WITHOUT_RECORD     redirectKlammReason = 16
-	redirectKlammReasonKLAMM_ACCEPTED_NO_STORAGE         redirectKlammReason = 17
-	redirectKlammReasonKLAMM_REASONS                     redirectKlammReason = 18
+	redirectKlammReasonKLAMM_PASSED_ENFORCER_DOWN        redirectKlammReason = 4
+	redirectKlammReasonKLAMM_PASSED_NOT_ENROLLED         redirectKlammReason = 5
+	redirectKlammReasonKLAMM_REDIRECTED                  redirectKlammReason = 6
+	redirectKlammReasonKLAMM_REFUSED_DIRECT              redirectKlammReason = 7
+	redirectKlammReasonKLAMM_REFUSED_NOT_ENROLLED        redirectKlammReason = 8
+	redirectKlammReasonKLAMM_REFUSED_ENFORCER_DOWN       redirectKlammReason = 9
+	redirectKlammReasonKLAMM_REFUSED_DOWN                redirectKlammReason = 10
+	redirectKlammReasonKLAMM_REFUSED_NO_SOCKET           redirectKlammReason = 11
+	redirectKlammReasonKLAMM_REFUSED_NO_STORAGE          redirectKlammReason = 12
+	redirectKlammReasonKLAMM_REFUSED_BOUND_DEVICE        redirectKlammReason = 13
+	redirectKlammReasonKLAMM_REFUSED_BIND                redirectKlammReason = 14
+	redirectKlammReasonKLAMM_HANDSHAKE_BEGUN             redirectKlammReason = 15
+	redirectKlammReasonKLAMM_HANDSHAKE_NO_STATE_CALLBACK redirectKlammReason = 16
+	redirectKlammReasonKLAMM_HANDSHAKE_NO_ENTRY          redirectKlammReason = 17
+	redirectKlammReasonKLAMM_HANDED_OVER                 redirectKlammReason = 18
+	redirectKlammReasonKLAMM_ACCEPTED_WITHOUT_RECORD     redirectKlammReason = 19
+	redirectKlammReasonKLAMM_ACCEPTED_NO_STORAGE         redirectKlammReason = 20
+	redirectKlammReasonKLAMM_DROPPED_EGRESS              redirectKlammReason = 21
+	redirectKlammReasonKLAMM_DROPPED_FRAGMENT            redirectKlammReason = 22
+	redirectKlammReasonKLAMM_DROPPED_UNREADABLE          redirectKlammReason = 23
+	redirectKlammReasonKLAMM_EVENT_LOST                  redirectKlammReason = 24
+	redirectKlammReasonKLAMM_REASONS                     redirectKlammReason = 25
 )
 
 type redirectKlammRecord struct {
@@ -82,19 +122,19 @@ type redirectKlammRecord struct {
 	Comm     [16]int8
 }
 
+type redirectKlammTold struct {
+	_      structs.HostLayout
+	Of     uint64
+	Reason uint64
+}
+
 type redirectKlammTuple struct {
 	_           structs.HostLayout
 	NetnsCookie uint64
-	Client      struct {
-		_    structs.HostLayout
-		Word [4]uint32
-	}
-	Server struct {
-		_    structs.HostLayout
-		Word [4]uint32
-	}
-	ClientPort uint32
-	ServerPort uint32
+	Client      redirectKlammAddress
+	Server      redirectKlammAddress
+	ClientPort  uint32
+	ServerPort  uint32
 }
 
 // Names of all BPF objects in the ELF.
@@ -103,19 +143,25 @@ type redirectKlammTuple struct {
 const (
 	redirectMapKlammAccepted      = "klamm_accepted"
 	redirectMapKlammClient        = "klamm_client"
+	redirectMapKlammConfig        = "klamm_config"
 	redirectMapKlammCounters      = "klamm_counters"
 	redirectMapKlammDown          = "klamm_down"
 	redirectMapKlammEnrolled      = "klamm_enrolled"
+	redirectMapKlammEvents        = "klamm_events"
 	redirectMapKlammExempt        = "klamm_exempt"
 	redirectMapKlammHandshake     = "klamm_handshake"
+	redirectMapKlammNetworks      = "klamm_networks"
 	redirectMapKlammPorts         = "klamm_ports"
 	redirectMapKlammStamp         = "klamm_stamp"
+	redirectMapKlammTold          = "klamm_told"
 	redirectProgKlammConnect4     = "klamm_connect4"
 	redirectProgKlammConnect6     = "klamm_connect6"
+	redirectProgKlammEgress       = "klamm_egress"
 	redirectProgKlammGetpeername4 = "klamm_getpeername4"
 	redirectProgKlammGetpeername6 = "klamm_getpeername6"
 	redirectProgKlammPostBind4    = "klamm_post_bind4"
 	redirectProgKlammPostBind6    = "klamm_post_bind6"
+	redirectProgKlammSockCreate   = "klamm_sock_create"
 	redirectProgKlammSockops      = "klamm_sockops"
 	redirectProgKlammTask         = "klamm_task"
 	redirectVarKlammWantedPid     = "klamm_wanted_pid"
@@ -165,10 +211,12 @@ type redirectSpecs struct {
 type redirectProgramSpecs struct {
 	KlammConnect4     *ebpf.ProgramSpec `ebpf:"klamm_connect4"`
 	KlammConnect6     *ebpf.ProgramSpec `ebpf:"klamm_connect6"`
+	KlammEgress       *ebpf.ProgramSpec `ebpf:"klamm_egress"`
 	KlammGetpeername4 *ebpf.ProgramSpec `ebpf:"klamm_getpeername4"`
 	KlammGetpeername6 *ebpf.ProgramSpec `ebpf:"klamm_getpeername6"`
 	KlammPostBind4    *ebpf.ProgramSpec `ebpf:"klamm_post_bind4"`
 	KlammPostBind6    *ebpf.ProgramSpec `ebpf:"klamm_post_bind6"`
+	KlammSockCreate   *ebpf.ProgramSpec `ebpf:"klamm_sock_create"`
 	KlammSockops      *ebpf.ProgramSpec `ebpf:"klamm_sockops"`
 	KlammTask         *ebpf.ProgramSpec `ebpf:"klamm_task"`
 }
@@ -179,13 +227,17 @@ type redirectProgramSpecs struct {
 type redirectMapSpecs struct {
 	KlammAccepted  *ebpf.MapSpec `ebpf:"klamm_accepted"`
 	KlammClient    *ebpf.MapSpec `ebpf:"klamm_client"`
+	KlammConfig    *ebpf.MapSpec `ebpf:"klamm_config"`
 	KlammCounters  *ebpf.MapSpec `ebpf:"klamm_counters"`
 	KlammDown      *ebpf.MapSpec `ebpf:"klamm_down"`
 	KlammEnrolled  *ebpf.MapSpec `ebpf:"klamm_enrolled"`
+	KlammEvents    *ebpf.MapSpec `ebpf:"klamm_events"`
 	KlammExempt    *ebpf.MapSpec `ebpf:"klamm_exempt"`
 	KlammHandshake *ebpf.MapSpec `ebpf:"klamm_handshake"`
+	KlammNetworks  *ebpf.MapSpec `ebpf:"klamm_networks"`
 	KlammPorts     *ebpf.MapSpec `ebpf:"klamm_ports"`
 	KlammStamp     *ebpf.MapSpec `ebpf:"klamm_stamp"`
+	KlammTold      *ebpf.MapSpec `ebpf:"klamm_told"`
 }
 
 // redirectVariableSpecs contains global variables before they are loaded into the kernel.
@@ -217,26 +269,34 @@ func (o *redirectObjects) Close() error {
 type redirectMaps struct {
 	KlammAccepted  *ebpf.Map `ebpf:"klamm_accepted"`
 	KlammClient    *ebpf.Map `ebpf:"klamm_client"`
+	KlammConfig    *ebpf.Map `ebpf:"klamm_config"`
 	KlammCounters  *ebpf.Map `ebpf:"klamm_counters"`
 	KlammDown      *ebpf.Map `ebpf:"klamm_down"`
 	KlammEnrolled  *ebpf.Map `ebpf:"klamm_enrolled"`
+	KlammEvents    *ebpf.Map `ebpf:"klamm_events"`
 	KlammExempt    *ebpf.Map `ebpf:"klamm_exempt"`
 	KlammHandshake *ebpf.Map `ebpf:"klamm_handshake"`
+	KlammNetworks  *ebpf.Map `ebpf:"klamm_networks"`
 	KlammPorts     *ebpf.Map `ebpf:"klamm_ports"`
 	KlammStamp     *ebpf.Map `ebpf:"klamm_stamp"`
+	KlammTold      *ebpf.Map `ebpf:"klamm_told"`
 }
 
 func (m *redirectMaps) Close() error {
 	return _RedirectClose(
 		m.KlammAccepted,
 		m.KlammClient,
+		m.KlammConfig,
 		m.KlammCounters,
 		m.KlammDown,
 		m.KlammEnrolled,
+		m.KlammEvents,
 		m.KlammExempt,
 		m.KlammHandshake,
+		m.KlammNetworks,
 		m.KlammPorts,
 		m.KlammStamp,
+		m.KlammTold,
 	)
 }
 
@@ -253,10 +313,12 @@ type redirectVariables struct {
 type redirectPrograms struct {
 	KlammConnect4     *ebpf.Program `ebpf:"klamm_connect4"`
 	KlammConnect6     *ebpf.Program `ebpf:"klamm_connect6"`
+	KlammEgress       *ebpf.Program `ebpf:"klamm_egress"`
 	KlammGetpeername4 *ebpf.Program `ebpf:"klamm_getpeername4"`
 	KlammGetpeername6 *ebpf.Program `ebpf:"klamm_getpeername6"`
 	KlammPostBind4    *ebpf.Program `ebpf:"klamm_post_bind4"`
 	KlammPostBind6    *ebpf.Program `ebpf:"klamm_post_bind6"`
+	KlammSockCreate   *ebpf.Program `ebpf:"klamm_sock_create"`
 	KlammSockops      *ebpf.Program `ebpf:"klamm_sockops"`
 	KlammTask         *ebpf.Program `ebpf:"klamm_task"`
 }
@@ -265,10 +327,12 @@ func (p *redirectPrograms) Close() error {
 	return _RedirectClose(
 		p.KlammConnect4,
 		p.KlammConnect6,
+		p.KlammEgress,
 		p.KlammGetpeername4,
 		p.KlammGetpeername6,
 		p.KlammPostBind4,
 		p.KlammPostBind6,
+		p.KlammSockCreate,
 		p.KlammSockops,
 		p.KlammTask,
 	)

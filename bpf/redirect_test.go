@@ -260,7 +260,7 @@ func TestAPortThatIsNoBrokersIsLeftAlone(t *testing.T) {
 			t.Errorf("the client got %+v, want peer %s", got, foreign)
 		}
 	}
-	if err := r.programs.SetPorts(nil); err != nil {
+	if err := r.programs.SetDestinations(nil, nil); err != nil {
 		t.Fatal(err)
 	}
 	broker := listen(t, at("127.0.0.1", brokerPort)).Addr().String()

@@ -153,7 +153,7 @@ func loaded(t testing.TB) *Programs {
 			t.Error(err)
 		}
 	})
-	if err := p.SetPorts([]uint16{brokerPort}); err != nil {
+	if err := errors.Join(p.SetDestinations([]uint16{brokerPort}, nil), p.Beat(time.Hour)); err != nil {
 		t.Fatal(err)
 	}
 	return p

@@ -118,3 +118,10 @@ func (e *Enforcer) Refuse(c Client, reason audit.Reason, cause error) error {
 		Str("hint", audit.Reasons[reason]).Send()
 	return trail.Flush()
 }
+
+// Unenforced puts on record that a connection passed unseen, as the configuration allows: what says why.
+func (e *Enforcer) Unenforced(c Client, what string) error {
+	trail := e.audit.Trail(c.subject())
+	trail.Line("unenforced", audit.Allow).Str("reason", what).Send()
+	return trail.Flush()
+}

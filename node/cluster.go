@@ -17,6 +17,8 @@ import (
 	"github.com/rs/zerolog"
 	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/kmsg"
+
+	"klamm/bpf"
 )
 
 // ErrNoCluster says that a destination belongs to none of the configured clusters: the connection must be refused. An
@@ -54,6 +56,9 @@ type ClusterOptions struct {
 	// OnPorts is told further ports, once each, that brokers of the cluster listen on. They must be intercepted too:
 	// what goes to them is unseen until then. It is called before OpenCluster returns, and later from other goroutines.
 	OnPorts func([]uint16)
+	// OnNetworks is told where ports that are not only brokers' (below 1024, and not configured) are, each time the
+	// cluster's brokers are looked up: all of them, and none is not told.
+	OnNetworks func([]bpf.Network)
 	// Log is told when a cluster's state changes.
 	Log zerolog.Logger
 
@@ -357,11 +362,17 @@ func (c *Cluster) resolveName(ctx context.Context, name string) (addrs []netip.A
 	return addrs
 }
 
-// destination is the one form of an address: IPv4 not mapped into IPv6, without a zone, and the unspecified address as
-// loopback, where Linux connects it to.
+// nat64 is the well-known prefix of RFC 6052: its last 32 bits are an IPv4 address.
+var nat64 = netip.MustParsePrefix("64:ff9b::/96")
+
+// destination is the one form of an address: IPv4 neither mapped into IPv6 nor behind NAT64, without a zone, and the
+// unspecified address as loopback, where Linux connects it to.
 func destination(a netip.AddrPort) netip.AddrPort {
 	ip := a.Addr().Unmap().WithZone("")
 	switch {
+	case nat64.Contains(ip):
+		wide := ip.As16()
+		ip = netip.AddrFrom4([4]byte(wide[12:]))
 	case ip == netip.IPv4Unspecified():
 		ip = loopbacks[0]
 	case ip == netip.IPv6Unspecified():
@@ -379,10 +390,39 @@ func (c *Cluster) publish(next brokers) {
 			next.ports = append(next.ports, port)
 		}
 	}
-	if fresh := next.ports[before:]; len(fresh) > 0 && c.opts.OnPorts != nil {
+	fresh := slices.DeleteFunc(slices.Clone(next.ports[before:]), c.isShared)
+	if len(fresh) > 0 && c.opts.OnPorts != nil {
 		c.opts.OnPorts(fresh)
 	}
+	if networks := c.networks(&next); len(networks) > 0 && c.opts.OnNetworks != nil {
+		c.opts.OnNetworks(networks)
+	}
 	c.known.Store(&next)
+}
+
+// isShared tells of a port that the whole world uses, like 443. Intercepted at any address it would stop what is no
+// business of ours. One that is configured is meant as it is.
+func (c *Cluster) isShared(port uint16) bool {
+	return port < 1024 && !slices.Contains(c.opts.Ports, port)
+}
+
+// networks are where b's shared ports are brokers': at their addresses, and in the configured networks.
+func (c *Cluster) networks(b *brokers) (networks []bpf.Network) {
+	for _, port := range b.ports {
+		if !c.isShared(port) {
+			continue
+		}
+		for _, n := range c.config.CIDRs {
+			networks = append(networks, bpf.Network{Prefix: n, Port: port})
+		}
+	}
+	for addr := range b.addrs {
+		if c.isShared(addr.Port()) {
+			host := netip.PrefixFrom(addr.Addr(), addr.Addr().BitLen())
+			networks = append(networks, bpf.Network{Prefix: host, Port: addr.Port()})
+		}
+	}
+	return networks
 }
 
 // Lookup tells whether an address is one of the cluster's brokers: a resolved bootstrap or advertised address, or an
@@ -396,11 +436,13 @@ func (c *Cluster) lookup(addr netip.AddrPort) (name string, confirmed, inside bo
 	addr = destination(addr)
 	known := c.known.Load()
 	if b, ok := known.addrs[addr]; ok {
-		return b.name, true, false
+		name, confirmed = b.name, true
+	} else {
+		name = addr.String()
 	}
 	inside = slices.Contains(known.ports, addr.Port()) &&
 		slices.ContainsFunc(c.config.CIDRs, func(n netip.Prefix) bool { return n.Contains(addr.Addr()) })
-	return addr.String(), false, inside
+	return name, confirmed, inside
 }
 
 // Destination is a broker of a configured cluster.
@@ -442,6 +484,17 @@ func (cs Clusters) Find(ctx context.Context, addr netip.AddrPort) (Destination, 
 	}
 	if d, ok := cs.find(addr); ok {
 		return d, nil
+	}
+	return Destination{}, cs.noCluster(destination(addr))
+}
+
+// FindByNetwork is Find for a loopback address in another network namespace than the node's: what the clusters' names
+// resolve to here says nothing about it, so only a network that is configured does.
+func (cs Clusters) FindByNetwork(addr netip.AddrPort) (Destination, error) {
+	for _, c := range cs {
+		if name, _, inside := c.lookup(addr); inside {
+			return Destination{c, name, false}, nil
+		}
 	}
 	return Destination{}, cs.noCluster(destination(addr))
 }

@@ -43,6 +43,13 @@ type HostConfig struct {
 	Name string `yaml:"name"`
 	// The cgroup2 directory whose processes are intercepted. Default: the root, that is all of the host.
 	Cgroup string `yaml:"cgroup"`
+	// A directory on a BPF file system, in which interception outlives the node: while it restarts, crashed or is
+	// upgraded, brokers are refused or not as on-enforcer-down says. "" ends interception with the node. Default:
+	// /sys/fs/bpf/klamm.
+	Pins string `yaml:"pins"`
+	// The unix socket at which the node answers klamm status and klamm hook, and hands over to the next; "" for none.
+	// Default: /run/klamm/klamm.sock.
+	Socket string `yaml:"socket"`
 }
 
 // InterceptConfig is which connections are taken.
@@ -51,7 +58,22 @@ type InterceptConfig struct {
 	Ports []uint16 `yaml:"ports"`
 	// Processes left alone: a broker on this host, its own tools.
 	Exempt []Exemption `yaml:"exempt"`
+	// What becomes of broker-bound connects while the node does not run or hangs: refuse or pass. Default: refuse.
+	OnEnforcerDown FailMode `yaml:"on-enforcer-down"`
+	// And of those in a network namespace in which the node does not listen yet. Default: refuse.
+	OnUnenrolled FailMode `yaml:"on-unenrolled"`
 }
+
+// FailMode is what becomes of a broker-bound connect that cannot be enforced.
+type FailMode string
+
+// The fail modes.
+const (
+	Refuse FailMode = "refuse" // with ECONNREFUSED, which Kafka clients retry
+	Pass   FailMode = "pass"   // unseen; it is counted, and on record
+)
+
+var failModes = []string{string(Refuse), string(Pass)}
 
 // Exemption is a cgroup or systemd unit whose processes are never intercepted. Exactly one of the fields is given.
 type Exemption struct {
@@ -130,7 +152,8 @@ func Load(file string) (Config, error) {
 		return Config{}, fmt.Errorf("read the configuration: %w", err)
 	}
 	c := Config{
-		Intercept: InterceptConfig{Ports: []uint16{9092}},
+		Node:      HostConfig{Pins: filepath.Join(BPFFS, "klamm"), Socket: "/run/klamm/klamm.sock"},
+		Intercept: InterceptConfig{Ports: []uint16{9092}, OnEnforcerDown: Refuse, OnUnenrolled: Refuse},
 		Audit:     AuditConfig{File: "-"},
 		Limits: LimitsConfig{MaxFrame: 100 << 20, Memory: 512 << 20, Connections: 10_000,
 			DialTimeout: 5 * time.Second},
@@ -154,7 +177,7 @@ func Load(file string) (Config, error) {
 }
 
 func (c *Config) paths() []*string {
-	paths := []*string{&c.Node.Cgroup, &c.Audit.File}
+	paths := []*string{&c.Node.Cgroup, &c.Node.Pins, &c.Node.Socket, &c.Audit.File}
 	for i := range c.Policies {
 		paths = append(paths, &c.Policies[i])
 	}
@@ -237,6 +260,10 @@ func (c *InterceptConfig) UnmarshalYAML(node *yaml.Node) error {
 	return section(node, (*plain)(c), func() []check {
 		ports := key(node, "ports")
 		checks := []check{{len(c.Ports) > 0, ports, "no port: leave the key out for 9092"}}
+		for name, mode := range map[string]FailMode{"on-enforcer-down": c.OnEnforcerDown, "on-unenrolled": c.OnUnenrolled} {
+			checks = append(checks, check{slices.Contains(failModes, string(mode)), key(node, name),
+				strict.Unknown("mode", string(mode), failModes)})
+		}
 		for i, p := range c.Ports {
 			checks = append(checks,
 				check{p != 0, at(ports, i), "0 is not a port: want 1 to 65535"},

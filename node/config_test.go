@@ -39,8 +39,8 @@ func TestTheSmallestConfigurationHasSafeDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := Config{
-		Node:      HostConfig{Name: host},
-		Intercept: InterceptConfig{Ports: []uint16{9092}},
+		Node:      HostConfig{Name: host, Pins: "/sys/fs/bpf/klamm", Socket: "/run/klamm/klamm.sock"},
+		Intercept: InterceptConfig{Ports: []uint16{9092}, OnEnforcerDown: Refuse, OnUnenrolled: Refuse},
 		Clusters:  []ClusterConfig{{Name: "payments", Bootstrap: []string{"broker-1.example:9092"}}},
 		Audit:     AuditConfig{File: "-"},
 		Limits: LimitsConfig{MaxFrame: 100 << 20, Memory: 512 << 20, Connections: 10000,
@@ -60,9 +60,11 @@ func TestEveryKeyIsReadAndPathsAreRelativeToTheFile(t *testing.T) {
 	}
 	uid := uint32(1000)
 	want := Config{
-		Node: HostConfig{Name: "host-1", Cgroup: "/sys/fs/cgroup/unified/klamm"},
+		Node: HostConfig{Name: "host-1", Cgroup: "/sys/fs/cgroup/unified/klamm", Pins: "/sys/fs/bpf/other",
+			Socket: "testdata/run/klamm.sock"},
 		Intercept: InterceptConfig{Ports: []uint16{9092, 9094},
-			Exempt: []Exemption{{Cgroup: "/system.slice/kafka.service"}, {Unit: "kafka.service"}}},
+			Exempt:         []Exemption{{Cgroup: "/system.slice/kafka.service"}, {Unit: "kafka.service"}},
+			OnEnforcerDown: Pass, OnUnenrolled: Pass},
 		Clusters: []ClusterConfig{
 			{
 				Name:      "payments",
@@ -171,6 +173,10 @@ func TestWhatIsWrongIsSaidWithLineAndColumn(t *testing.T) {
 			smallest + "intercept: {exempt: [{cgroup: a}]}", `2:31: want a path in cgroup2`},
 		"an exemption by a unit's alias": {
 			smallest + "intercept: {exempt: [{unit: kafka}]}", `2:29: want a unit's full name like kafka.service`},
+		"a fail mode that is none": {
+			smallest + "intercept: {on-enforcer-down: open}", `2:31: unknown mode "open"`},
+		"a fail mode that is empty": {
+			smallest + "intercept: {on-unenrolled: ''}", `2:28: unknown mode ""`},
 		"an identity without selector": {
 			smallest + "identities:\n- spiffe-id: spiffe://a/b", `3:14: spiffe-id: the rule selects every process`},
 		"an identity without an id": {

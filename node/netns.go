@@ -19,15 +19,29 @@ type netns struct {
 
 // openNetns opens a network namespace by a file of it: /proc/PID/ns/net, /proc/TID/ns/net or a bind mount. What is no
 // network namespace is refused by setns(2).
-func openNetns(path string) (_ *netns, err error) {
+func openNetns(path string) (*netns, error) {
 	file, err := os.Open(path)
 	if err != nil {
 		return nil, fmt.Errorf("open a network namespace: %w", err)
 	}
+	return newNetns(file)
+}
+
+// netnsOf is the network namespace of a socket.
+func netnsOf(socket int) (*netns, error) {
+	fd, err := unix.IoctlRetInt(socket, unix.SIOCGSKNS)
+	if err != nil {
+		return nil, fmt.Errorf("open the network namespace of a socket: %w", err)
+	}
+	return newNetns(os.NewFile(uintptr(fd), "netns"))
+}
+
+// newNetns takes the file over.
+func newNetns(file *os.File) (_ *netns, err error) {
 	n := &netns{file: file}
 	defer func() {
 		if err != nil {
-			err = errors.Join(fmt.Errorf("network namespace %s: %w", path, err), file.Close())
+			err = errors.Join(fmt.Errorf("network namespace %s: %w", file.Name(), err), file.Close())
 		}
 	}()
 	var s unix.Stat_t
@@ -74,26 +88,38 @@ func (n *netns) do(f func() error) error {
 // Close lets go of the namespace.
 func (n *netns) Close() error { return n.file.Close() }
 
-// processNetns are the network namespaces in which processes are, by inode, each with one of its processes. Processes
-// that end meanwhile are left out.
-func processNetns() (map[uint64]int, error) {
-	entries, err := os.ReadDir("/proc")
+// dup is the same namespace by a descriptor of its own.
+func (n *netns) dup() (*netns, error) {
+	fd, err := unix.FcntlInt(n.file.Fd(), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
-		return nil, fmt.Errorf("look for network namespaces: %w", err)
+		return nil, fmt.Errorf("duplicate the descriptor of a network namespace: %w", err)
 	}
+	return &netns{os.NewFile(uintptr(fd), n.file.Name()), n.inode, n.cookie}, nil
+}
+
+// namespacesOf are the network namespaces of processes or threads, by inode, each with one that is in it. Those that
+// end meanwhile are left out.
+func namespacesOf(pids []int) map[uint64]int {
 	found := map[uint64]int{}
-	for _, e := range entries {
-		pid, err := strconv.Atoi(e.Name())
-		if err != nil {
-			continue
-		}
+	for _, pid := range pids {
 		if inode, err := netnsInode(pid); err == nil {
-			if _, known := found[inode]; !known {
-				found[inode] = pid
+			found[inode] = pid
+		}
+	}
+	return found
+}
+
+// threadsOf are all threads of processes.
+func threadsOf(pids []int) (tids []int) {
+	for _, pid := range pids {
+		entries, _ := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid)) // it may have ended
+		for _, e := range entries {
+			if tid, err := strconv.Atoi(e.Name()); err == nil {
+				tids = append(tids, tid)
 			}
 		}
 	}
-	return found, nil
+	return tids
 }
 
 // netnsInode is the network namespace of a process or thread.

@@ -12,6 +12,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -43,8 +44,10 @@ type Node struct {
 	registry *prometheus.Registry
 	closers  []io.Closer // in the order they were opened
 
-	mu    sync.Mutex // guards ports
-	ports []uint16
+	mu       sync.Mutex // guards what is intercepted
+	ports    []uint16
+	networks map[string][]bpf.Network // by cluster
+	kept     []uint16                 // by the node before, until all clusters are reached
 
 	ids   atomic.Uint64
 	slots chan struct{}
@@ -53,7 +56,8 @@ type Node struct {
 
 // Open sets everything up but redirects nothing yet: see Run. What it opened is closed again when it fails.
 func Open(c Config, log zerolog.Logger) (_ *Node, err error) {
-	n := &Node{config: c, log: log, registry: prometheus.NewRegistry(), slots: make(chan struct{}, c.Limits.Connections)}
+	n := &Node{config: c, log: log, registry: prometheus.NewRegistry(), slots: make(chan struct{}, c.Limits.Connections),
+		ports: c.Intercept.Ports, networks: map[string][]bpf.Network{}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, n.Close())
@@ -68,22 +72,28 @@ func Open(c Config, log zerolog.Logger) (_ *Node, err error) {
 		return nil, err
 	}
 	n.closers = append(n.closers, file)
-	if n.redirect, err = OpenRedirect(RedirectOptions{CgroupPath: c.Node.Cgroup}); err != nil {
+	n.enforcer = enforcer.New(enforcer.Options{Policy: rules, Audit: lines, MaxFrame: int(c.Limits.MaxFrame),
+		Memory: int64(c.Limits.Memory), Metrics: n.registry})
+	if strings.HasPrefix(c.Node.Pins, BPFFS+"/") {
+		if err := MountBPFFS(BPFFS); err != nil {
+			return nil, err
+		}
+	}
+	if n.redirect, err = OpenRedirect(RedirectOptions{CgroupPath: c.Node.Cgroup, Pins: c.Node.Pins,
+		Ports: c.Intercept.Ports, OnEvent: n.noticed, Log: log}); err != nil {
 		return nil, err
 	}
 	n.closers = append(n.closers, n.redirect)
-	if err := MountBPFFS(BPFFS); err != nil {
-		log.Warn().Err(err).Msg("no BPF file system; the redirect works without one")
-	}
 	if n.attest, err = spiffe.NewStatic(c.Identities, spiffe.NewProcesses(tasks{n.redirect})); err != nil {
 		return nil, err
 	}
 	n.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		kernelCounters{n.redirect})
-	n.enforcer = enforcer.New(enforcer.Options{Policy: rules, Audit: lines, MaxFrame: int(c.Limits.MaxFrame),
-		Memory: int64(c.Limits.Memory), Metrics: n.registry})
-	n.ports = c.Intercept.Ports
-	return n, nil
+	if n.kept, err = n.redirect.Ports(); err != nil {
+		return nil, err
+	}
+	return n, n.redirect.SetFailModes(bpf.FailModes{PassDown: c.Intercept.OnEnforcerDown == Pass,
+		PassUnenrolled: c.Intercept.OnUnenrolled == Pass})
 }
 
 // LoadPolicy reads policy files. All that is wrong with them is reported together, by file, line and column.
@@ -137,7 +147,8 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 	}()
 	for _, c := range n.config.Clusters {
 		cluster, err := OpenCluster(c, ClusterOptions{Dial: n.redirect.Dialer().DialContext, Ports: n.config.Intercept.Ports,
-			OnPorts: n.interceptAlso, Log: n.log})
+			OnPorts: n.interceptAlso, OnNetworks: func(networks []bpf.Network) { n.interceptAt(c.Name, networks) },
+			Log: n.log})
 		if err != nil {
 			return err
 		}
@@ -147,9 +158,10 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 	if err := n.serveMetrics(ctx, failed); err != nil {
 		return err
 	}
-	if err := n.intercept(nil); err != nil {
+	if err := n.redirect.Begin(); err != nil {
 		return err
 	}
+	n.conns.Go(func() { n.watch(ctx) })
 	accepting := make(chan struct{})
 	go func() {
 		defer close(accepting)
@@ -178,21 +190,46 @@ func (n *Node) Close() error {
 	return errors.Join(errs...)
 }
 
-// intercept adds ports to those that are redirected.
-func (n *Node) intercept(ports []uint16) error {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	all := slices.Concat(n.ports, ports)
-	slices.Sort(all)
-	n.ports = slices.Compact(all)
-	return n.redirect.SetPorts(n.ports)
+// intercept redirects what is broker-bound now. n.mu is held.
+func (n *Node) intercept() error {
+	ports := slices.Concat(n.ports, n.kept)
+	slices.Sort(ports)
+	var networks []bpf.Network
+	for _, of := range n.networks {
+		networks = append(networks, of...)
+	}
+	return n.redirect.SetDestinations(slices.Compact(ports), networks)
 }
 
-// interceptAlso is intercept for ports that a cluster's brokers advertise.
+// interceptAlso adds ports that a cluster's brokers advertise.
 func (n *Node) interceptAlso(ports []uint16) {
-	if err := n.intercept(ports); err != nil {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.ports = append(n.ports, ports...)
+	if err := n.intercept(); err != nil {
 		n.log.Error().Err(err).Uints16("ports", ports).Msg("these broker ports may not be intercepted")
 	}
+}
+
+// interceptAt replaces the networks in which ports that others use too are a cluster's.
+func (n *Node) interceptAt(cluster string, networks []bpf.Network) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.networks[cluster] = networks
+	if err := n.intercept(); err != nil {
+		n.log.Error().Err(err).Str("cluster", cluster).Msg("brokers on ports below 1024 may not be intercepted")
+	}
+}
+
+// settle lets go of the ports that the node before this one had learned, once the clusters have told of theirs.
+func (n *Node) settle() error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.kept == nil || slices.ContainsFunc(n.clusters, func(c *Cluster) bool { return !c.State().Ready() }) {
+		return nil
+	}
+	n.kept = nil
+	return n.intercept()
 }
 
 // exempt lets the exempt processes go before anything is redirected, and follows them until ctx ends.
@@ -227,9 +264,7 @@ func (n *Node) serve(ctx context.Context, conn net.Conn, r bpf.Record) {
 	client.Identity.Process = spiffe.Process{PID: r.TGID, UID: r.UID, GID: r.GID, Comm: r.Comm.String()}
 	refuse := func(reason audit.Reason, err error) {
 		reset(conn)
-		if err := n.enforcer.Refuse(client, reason, err); err != nil {
-			n.log.Error().Err(err).Msg("a refusal is not on record")
-		}
+		n.refuse(client, reason, err)
 	}
 	select {
 	case n.slots <- struct{}{}:
@@ -244,7 +279,7 @@ func (n *Node) serve(ctx context.Context, conn net.Conn, r bpf.Record) {
 		return
 	}
 	client.Identity = identity
-	destination, err := n.clusters.Find(ctx, client.Destination)
+	destination, err := n.find(ctx, r)
 	if err != nil {
 		refuse(audit.NoCluster, err)
 		return
@@ -252,7 +287,7 @@ func (n *Node) serve(ctx context.Context, conn net.Conn, r bpf.Record) {
 	client.Cluster = destination.Config().Name
 	dialled, cancel := context.WithTimeout(ctx, n.config.Limits.DialTimeout)
 	defer cancel()
-	broker, err := n.redirect.Dial(dialled, client.Destination)
+	broker, err := n.redirect.Dial(dialled, r)
 	if err != nil {
 		if err := n.redirect.Down(r); err != nil {
 			n.log.Warn().Err(err).Msg("clients see a reset instead")
@@ -265,6 +300,14 @@ func (n *Node) serve(ctx context.Context, conn net.Conn, r bpf.Record) {
 	if err != nil {
 		n.log.Debug().Err(err).Str("conn", client.ID).Msg("connection ended")
 	}
+}
+
+// find tells to which cluster the broker belongs that a client connected to.
+func (n *Node) find(ctx context.Context, r bpf.Record) (Destination, error) {
+	if to := r.Destination(); to.Addr().IsLoopback() && !n.redirect.IsHost(r.NetnsCookie) {
+		return n.clusters.FindByNetwork(to)
+	}
+	return n.clusters.Find(ctx, r.Destination())
 }
 
 func (n *Node) identify(ctx context.Context, r bpf.Record) (spiffe.Identity, error) {

@@ -476,7 +476,7 @@ func TestABrokerOnTheSameHostConnectsDirectly(t *testing.T) {
 		t.Fatal(err)
 	}
 	n := stage.Start(t, broker.Addr(), stage.OrdersOnly, stage.Config{
-		"node": "{name: node-1, cgroup: " + cgroup + "}",
+		"node": "{name: node-1, cgroup: " + cgroup + ", pins: \"\", socket: \"\"}",
 		"intercept": fmt.Sprintf("{ports: [%d], exempt: [{cgroup: %s}]}", broker.Port(),
 			strings.TrimPrefix(cgroup, root)+"/kafka"),
 	})

@@ -8,26 +8,27 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"path/filepath"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
 
-	"github.com/moby/sys/mountinfo"
-	"golang.org/x/sys/unix"
+	"github.com/rs/zerolog"
 
 	"klamm/bpf"
 )
 
 const (
-	// listenAttempts bounds the search for a port that is free on both loopback addresses.
-	listenAttempts = 64
 	// acceptPauseMin and acceptPauseMax bound the pause after a failed accept(2), which doubles: for want of file
 	// descriptors, trying at once would only burn the CPU.
 	acceptPauseMin = 5 * time.Millisecond
 	acceptPauseMax = time.Second
+	// heartbeat is how often the node says that it accepts connections; heartbeatFor is how long that is believed. A
+	// busy host may be late by seconds, and a client that waits in the backlog loses nothing.
+	heartbeat    = 500 * time.Millisecond
+	heartbeatFor = 5 * time.Second
+	// downFor is how long a destination that could not be reached is refused without trying again.
+	downFor = time.Second
 )
 
 // RedirectOptions are the options of OpenRedirect.
@@ -35,16 +36,27 @@ type RedirectOptions struct {
 	// CgroupPath is the directory in cgroup2 whose processes are redirected, with all below. Default: the root, which
 	// alone leaves no way around.
 	CgroupPath string
-	// Ports are the brokers' ports; see SetPorts.
+	// Pins is where the programs outlive the process; see bpf.Options.
+	Pins string
+	// Ports are the brokers' ports from the first moment on; see SetDestinations.
 	Ports []uint16
+	// Before are what the node before this one left: its listeners, and its lock on the pins.
+	Before inheritance
+	// Keep are where the listeners outlive the process. Default: nowhere.
+	Keep keeper
+	// OnEvent is told what the kernel refused or let pass unenforced. Default: nobody is.
+	OnEvent func(bpf.Event)
+	Log     zerolog.Logger
 }
 
 // Redirect is the kernel's redirect and the listeners behind it. All methods may be called concurrently, but none after
 // Close except Accept.
 type Redirect struct {
 	programs *bpf.Programs
-	listener listener // of the host's network namespace
+	enrolled *enrolments
+	onEvent  func(bpf.Event)
 	accepted chan redirected
+	beat     *time.Ticker
 	closed   chan struct{}
 	running  sync.WaitGroup
 	stop     func() error
@@ -63,8 +75,9 @@ type redirected struct {
 	record bpf.Record
 }
 
-// OpenRedirect attaches the programs and listens in the network namespace of the caller. Where it fails, the error says
-// what the user can do; see bpf.Load for its kinds.
+// OpenRedirect attaches the programs and listens in the network namespace of the caller and in those of the processes
+// that are redirected. Until Accept is called the enforcer counts as down. Where it fails, the error says what the user
+// can do; see bpf.Load for its kinds.
 func OpenRedirect(o RedirectOptions) (_ *Redirect, err error) {
 	root, err := Cgroup2Mount()
 	if err != nil {
@@ -73,14 +86,18 @@ func OpenRedirect(o RedirectOptions) (_ *Redirect, err error) {
 	if o.CgroupPath == "" {
 		o.CgroupPath = root
 	}
-	programs, err := bpf.Load(bpf.Options{CgroupPath: o.CgroupPath, ListenerCgroup: ownCgroup(root)})
+	programs, err := bpf.Load(bpf.Options{CgroupPath: o.CgroupPath, ListenerCgroup: ownCgroup(root), Pins: o.Pins,
+		Lock: o.Before.lock, Ports: o.Ports})
 	if err != nil {
 		return nil, err
 	}
-	r := &Redirect{programs: programs, accepted: make(chan redirected), closed: make(chan struct{})}
+	r := &Redirect{programs: programs, onEvent: o.OnEvent, accepted: make(chan redirected),
+		beat: time.NewTicker(heartbeat), closed: make(chan struct{})}
+	r.enrolled = newEnrolments(programs, o, r.listenFor)
 	r.stop = sync.OnceValue(func() error {
 		close(r.closed)
-		return r.listener.Close()
+		r.beat.Stop()
+		return r.enrolled.Close()
 	})
 	r.close = sync.OnceValue(r.shut)
 	defer func() {
@@ -88,86 +105,16 @@ func OpenRedirect(o RedirectOptions) (_ *Redirect, err error) {
 			err = errors.Join(err, r.Close())
 		}
 	}()
-	if r.listener, err = r.listen(); err != nil {
+	if err := r.enrolled.begin(o.Before.listeners); err != nil {
 		return nil, err
 	}
-	if err := programs.Enrol(r.listener.cookie, r.listener.port); err != nil {
-		return nil, err
-	}
-	for _, l := range r.listener.tcp {
-		r.running.Go(func() { r.serve(l) })
-	}
-	if err := r.SetPorts(o.Ports); err != nil {
-		return nil, err
-	}
+	r.running.Go(func() { r.enrolled.follow(r.closed) })
+	r.running.Go(r.events)
 	return r, nil
 }
 
-// listener is what one network namespace has: the same port at 127.0.0.1 and, where there is IPv6, at ::1.
-type listener struct {
-	cookie uint64 // SO_NETNS_COOKIE
-	port   uint16
-	tcp    []*net.TCPListener
-}
-
-func (l listener) Close() error {
-	var errs []error
-	for _, tcp := range l.tcp {
-		errs = append(errs, tcp.Close())
-	}
-	return errors.Join(errs...)
-}
-
-// listen opens the listeners of the calling thread's network namespace.
-func (r *Redirect) listen() (listener, error) {
-	var err error
-	for range listenAttempts {
-		var l listener
-		if l, err = r.listenOnce(); err == nil || !errors.Is(err, unix.EADDRINUSE) {
-			return l, err
-		}
-	}
-	return listener{}, fmt.Errorf("find a port that is free on both loopback addresses, %d times: %w", listenAttempts, err)
-}
-
-func (r *Redirect) listenOnce() (_ listener, err error) {
-	v4, cookie, err := r.listenAt(netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), 0))
-	if err != nil {
-		return listener{}, err
-	}
-	port := netip.MustParseAddrPort(v4.Addr().String()).Port()
-	l := listener{cookie: cookie, port: port, tcp: []*net.TCPListener{v4}}
-	v6, _, err := r.listenAt(netip.AddrPortFrom(netip.IPv6Loopback(), port))
-	switch {
-	// No IPv6 here: then no client can connect by it either.
-	case errors.Is(err, unix.EAFNOSUPPORT), errors.Is(err, unix.EADDRNOTAVAIL):
-		return l, nil
-	case err != nil:
-		return listener{}, errors.Join(err, l.Close())
-	}
-	l.tcp = append(l.tcp, v6)
-	return l, nil
-}
-
-// listenAt stamps the socket, because nobody else may bind an enrolled port. It must be plain TCP: an MPTCP listener
-// would keep the record on a subflow, where it cannot be found by the accepted socket.
-func (r *Redirect) listenAt(at netip.AddrPort) (*net.TCPListener, uint64, error) {
-	var cookie uint64
-	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
-		return control(c, func(fd int) (err error) {
-			if cookie, err = unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE); err != nil {
-				return fmt.Errorf("read SO_NETNS_COOKIE (Linux 5.14): %w", err)
-			}
-			return r.programs.Stamp(fd)
-		})
-	}}
-	config.SetMultipathTCP(false)
-	l, err := config.Listen(context.Background(), "tcp", at.String())
-	if err != nil {
-		return nil, 0, fmt.Errorf("listen for redirected connections: %w", err)
-	}
-	return l.(*net.TCPListener), cookie, nil
-}
+// listenFor serves a listener until it is closed.
+func (r *Redirect) listenFor(l *net.TCPListener) { r.running.Go(func() { r.serve(l) }) }
 
 // control calls f with the file descriptor.
 func control(c syscall.RawConn, f func(fd int) error) (err error) {
@@ -219,21 +166,63 @@ func (r *Redirect) record(conn *net.TCPConn) (record bpf.Record, err error) {
 	return record, err
 }
 
-// Accept waits for the next redirected connection. A connection that has no record was not redirected: it is reset and
-// counted, never returned. The error is net.ErrClosed after Close, and none other.
-func (r *Redirect) Accept() (net.Conn, bpf.Record, error) {
-	select {
-	case a := <-r.accepted:
-		return a.conn, a.record, nil
-	case <-r.closed:
-		return nil, bpf.Record{}, fmt.Errorf("accept a redirected connection: %w", net.ErrClosed)
+// events acts on what the kernel tells, until the programs are closed.
+func (r *Redirect) events() {
+	for {
+		e, err := r.programs.Event()
+		switch {
+		case errors.Is(err, os.ErrClosed):
+			return
+		case err != nil:
+			r.enrolled.log.Error().Err(err).Msg("what the kernel tells is not read; enrolment is slower")
+			continue
+		}
+		if e.Unenrolled() {
+			r.enrolled.noticed(e)
+		}
+		if e.Reason() != "" && r.onEvent != nil {
+			r.onEvent(e)
+		}
 	}
 }
 
-// Dial connects to a broker itself, from the network namespace of the calling thread, over plain TCP.
-func (r *Redirect) Dial(ctx context.Context, to netip.AddrPort) (*net.TCPConn, error) {
-	return r.Dialer().DialTCP(ctx, "tcp", netip.AddrPort{}, to)
+// Accept waits for the next redirected connection. A connection that has no record was not redirected: it is reset and
+// counted, never returned. The error is net.ErrClosed after Close, and none other. While nobody calls Accept there is no
+// heartbeat, and the enforcer counts as down.
+func (r *Redirect) Accept() (net.Conn, bpf.Record, error) {
+	for {
+		select {
+		case a := <-r.accepted:
+			return a.conn, a.record, nil
+		case <-r.beat.C:
+			if err := r.programs.Beat(heartbeatFor); err != nil {
+				r.enrolled.log.Error().Err(err).Msg("no heartbeat: the enforcer will count as down")
+			}
+		case <-r.closed:
+			return nil, bpf.Record{}, fmt.Errorf("accept a redirected connection: %w", net.ErrClosed)
+		}
+	}
 }
+
+// Begin makes the enforcer count as up: Accept is about to be called.
+func (r *Redirect) Begin() error { return r.programs.Beat(heartbeatFor) }
+
+// Dial connects to a broker itself, over plain TCP: from the network namespace of the calling thread, but for loopback
+// destinations, which mean something only in the client's.
+func (r *Redirect) Dial(ctx context.Context, record bpf.Record) (conn *net.TCPConn, err error) {
+	to := record.Destination()
+	dial := func() error {
+		conn, err = r.Dialer().DialTCP(ctx, "tcp", netip.AddrPort{}, to)
+		return err
+	}
+	if r.IsHost(record.NetnsCookie) || !to.Addr().IsLoopback() {
+		return conn, dial()
+	}
+	return conn, r.enrolled.in(record.NetnsCookie, dial)
+}
+
+// IsHost tells whether a network namespace is the node's own.
+func (r *Redirect) IsHost(cookie uint64) bool { return cookie == r.enrolled.host }
 
 // Dialer returns a dialer for the node itself: its sockets are stamped before they connect, so they are not redirected.
 // They are plain TCP, since the stamp of an MPTCP socket is not on the subflow that connects.
@@ -242,9 +231,6 @@ func (r *Redirect) Dialer() *net.Dialer {
 	d.SetMultipathTCP(false)
 	return d
 }
-
-// downFor is how long a destination that could not be reached is refused without trying again.
-const downFor = time.Second
 
 // Down makes clients see for a second what the node saw: a broker that refuses connections.
 func (r *Redirect) Down(record bpf.Record) error {
@@ -268,8 +254,19 @@ func (r *Redirect) stamp(fd int) error {
 	return r.programs.Stamp(fd)
 }
 
-// SetPorts replaces the set of broker ports: connects to them, on any address, are redirected from then on.
-func (r *Redirect) SetPorts(ports []uint16) error { return r.programs.SetPorts(ports) }
+// SetDestinations replaces what is broker-bound; see bpf.Programs.SetDestinations.
+func (r *Redirect) SetDestinations(ports []uint16, networks []bpf.Network) error {
+	return r.programs.SetDestinations(ports, networks)
+}
+
+// Ports are the ports that are broker-bound on any address.
+func (r *Redirect) Ports() ([]uint16, error) { return r.programs.Ports() }
+
+// SetFailModes sets what passes where it cannot be enforced.
+func (r *Redirect) SetFailModes(m bpf.FailModes) error { return r.programs.SetFailModes(m) }
+
+// Repair attaches what was severed; see bpf.Programs.Repair.
+func (r *Redirect) Repair() (wrong []string, err error) { return r.programs.Repair() }
 
 // Task returns what a process is now; see bpf.Programs.Task.
 func (r *Redirect) Task(pid uint32) (bpf.TaskFacts, error) { return r.programs.Task(pid) }
@@ -295,98 +292,21 @@ func (r *Redirect) Counters() (map[string]uint64, error) {
 	return counters, nil
 }
 
-// Stop stops listening, and Accept with it: from then on clients are refused.
+// Stop stops listening, and Accept with it. From then on clients are refused, or wait in the backlog of a listener that
+// is kept.
 func (r *Redirect) Stop() error { return r.stop() }
 
-// Close stops listening and detaches the programs: from then on clients connect directly. Connections that Accept has
-// returned stay open.
+// Close stops listening and lets go of the programs. Where they are pinned clients are refused from then on, elsewhere
+// they connect directly. Connections that Accept has returned stay open.
 func (r *Redirect) Close() error { return r.close() }
 
 // shut stops the listeners first, since they use the programs. A client that connects in between is refused.
 func (r *Redirect) shut() error {
 	err := r.stop()
-	r.running.Wait()
 	r.using.Lock()
-	defer r.using.Unlock()
 	r.gone = true
-	return errors.Join(err, r.programs.Close())
-}
-
-// Cgroup2Mount returns where the root of cgroup2 is mounted: /sys/fs/cgroup, or /sys/fs/cgroup/unified on hosts that
-// use cgroup v1 beside it. A container with a cgroup namespace of its own sees only a part of cgroup2: an error.
-func Cgroup2Mount() (string, error) {
-	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup2"))
-	if err != nil {
-		return "", fmt.Errorf("look for cgroup2: %w", err)
-	}
-	for _, m := range mounts {
-		if id, err := cgroupID(m.Mountpoint); err == nil && id == rootCgroupID {
-			return m.Mountpoint, nil
-		}
-	}
-	if len(mounts) > 0 {
-		return "", fmt.Errorf("%s is only a part of the host's cgroup2: run the node in the host's cgroup namespace, or"+
-			" mount the host's /sys/fs/cgroup into its container", mounts[0].Mountpoint)
-	}
-	return "", errors.New("cgroup2 is not mounted: mount -t cgroup2 none /sys/fs/cgroup/unified")
-}
-
-// rootCgroupID is the id of the root of cgroup2 on every kernel.
-const rootCgroupID = 1
-
-// cgroupID returns the id of a cgroup2 directory: its inode.
-func cgroupID(path string) (uint64, error) {
-	var fs unix.Statfs_t
-	if err := unix.Statfs(path, &fs); err != nil {
-		return 0, &os.PathError{Op: "statfs", Path: path, Err: err}
-	}
-	if fs.Type != unix.CGROUP2_SUPER_MAGIC {
-		return 0, fmt.Errorf("%s is not in cgroup2", path)
-	}
-	var s unix.Stat_t
-	if err := unix.Stat(path, &s); err != nil {
-		return 0, &os.PathError{Op: "stat", Path: path, Err: err}
-	}
-	return s.Ino, nil
-}
-
-// ownCgroup returns the directory of this process in cgroup2; the root where it cannot tell.
-func ownCgroup(root string) string {
-	all, err := os.ReadFile("/proc/self/cgroup")
-	if err != nil {
-		return root
-	}
-	for line := range strings.Lines(string(all)) {
-		if path, is := strings.CutPrefix(line, "0::"); is {
-			own := filepath.Join(root, strings.TrimSuffix(path, "\n"))
-			if _, err := cgroupID(own); err == nil {
-				return own
-			}
-		}
-	}
-	return root
-}
-
-// BPFFS is where hosts have their BPF file system.
-const BPFFS = "/sys/fs/bpf"
-
-// HasBPFFS tells whether a BPF file system is mounted at path.
-func HasBPFFS(path string) bool {
-	var fs unix.Statfs_t
-	return unix.Statfs(path, &fs) == nil && fs.Type == unix.BPF_FS_MAGIC
-}
-
-// MountBPFFS mounts a BPF file system at path, readable by root only, unless there is one already. It needs
-// CAP_SYS_ADMIN.
-func MountBPFFS(path string) error {
-	if HasBPFFS(path) {
-		return nil
-	}
-	if err := os.MkdirAll(path, 0o700); err != nil {
-		return fmt.Errorf("make a place for the BPF file system: %w", err)
-	}
-	if err := unix.Mount("bpffs", path, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700"); err != nil {
-		return fmt.Errorf("mount the BPF file system at %s: %w: run as root, or: mount -t bpf bpffs %s", path, err, path)
-	}
-	return nil
+	r.using.Unlock()
+	err = errors.Join(err, r.programs.Close()) // ends events
+	r.running.Wait()
+	return err
 }

@@ -86,7 +86,22 @@ func openRedirect(t *testing.T, port uint16) (r *Redirect, cgroup string) {
 			t.Error(err)
 		}
 	})
+	if err := r.Begin(); err != nil {
+		t.Fatal(err)
+	}
 	return r, cgroup
+}
+
+// ownListener is the one of the network namespace that the test is in.
+func ownListener(r *Redirect) listener {
+	r.enrolled.mu.Lock()
+	defer r.enrolled.mu.Unlock()
+	return r.enrolled.known[r.enrolled.host].listener
+}
+
+// recordOf is that of a connect to an address.
+func recordOf(netns uint64, to netip.AddrPort) bpf.Record {
+	return bpf.Record{NetnsCookie: netns, DAddr: to.Addr().As16(), DPort: to.Port()}
 }
 
 // startReader starts a client in the cgroup; wait returns what it read.
@@ -177,7 +192,7 @@ func TestAClientIsAcceptedWithItsDestinationWhichDialReaches(t *testing.T) {
 
 			ctx, cancel := context.WithTimeout(t.Context(), redirectPatience)
 			defer cancel()
-			upstream, err := r.Dial(ctx, a.record.Destination())
+			upstream, err := r.Dial(ctx, a.record)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -219,7 +234,7 @@ func TestTheNodesOwnSocketsAreNotRedirected(t *testing.T) {
 	r, cgroup := openRedirect(t, broker.Port())
 	enterCgroup(t, cgroup)
 	for _, dial := range []func() (net.Conn, error){
-		func() (net.Conn, error) { return r.Dial(t.Context(), broker) },
+		func() (net.Conn, error) { return r.Dial(t.Context(), recordOf(r.enrolled.host, broker)) },
 		func() (net.Conn, error) { return r.Dialer().DialContext(t.Context(), "tcp", broker.String()) },
 	} {
 		conn, err := dial()
@@ -243,7 +258,7 @@ func TestAThousandConnectsAtOnceKeepTheirRecords(t *testing.T) {
 		ports[i] = uint16(firstPort + i)
 	}
 	r, cgroup := openRedirect(t, 0)
-	if err := r.SetPorts(ports); err != nil {
+	if err := r.SetDestinations(ports, nil); err != nil {
 		t.Fatal(err)
 	}
 	enterCgroup(t, cgroup)
@@ -283,7 +298,7 @@ func TestAConnectionWithoutARecordIsReset(t *testing.T) {
 	r, _ := openRedirect(t, 19092)
 	// This process is outside the cgroup, so its connect to the listener is not refused in the kernel.
 	var out bytes.Buffer
-	err := readAll(r.listener.tcp[0].Addr().String(), &out)
+	err := readAll(ownListener(r).tcp[0].Addr().String(), &out)
 	if !errors.Is(err, unix.ECONNRESET) || out.Len() > 0 {
 		t.Errorf("read %q, %v", out.String(), err)
 	}
@@ -309,7 +324,7 @@ func TestAcceptOutlivesAWantOfFileDescriptors(t *testing.T) {
 	restore := sync.OnceValue(func() error { return unix.Setrlimit(unix.RLIMIT_NOFILE, &limit) })
 	defer func() { _ = restore() }()
 
-	if err := unix.Connect(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}, Port: int(r.listener.port)}); err != nil {
+	if err := unix.Connect(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}, Port: int(ownListener(r).port)}); err != nil {
 		t.Fatal(err)
 	}
 	counted := func(name string) bool {

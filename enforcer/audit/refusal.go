@@ -9,6 +9,11 @@ const (
 	NoCluster          Reason = "no_cluster"         // the destination belongs to no configured cluster
 	BrokerUnreachable  Reason = "broker_unreachable" // the dial to the original destination failed
 	TooManyConnections Reason = "too_many_connections"
+	NotEnrolled        Reason = "not_enrolled"        // refused in the kernel: nobody listens in its network namespace yet
+	EnforcerDown       Reason = "enforcer_down"       // refused in the kernel: the node did not run, or hung
+	KernelFailed       Reason = "kernel"              // refused in the kernel: it could not make the record of the connect
+	Bypass             Reason = "bypass"              // refused in the kernel: something tried to go around the node
+	Tampered           Reason = "tampered"            // somebody took the node's programs or rules away; they were put back
 	TLSRefused         Reason = "tls"                 // the client speaks TLS, which cannot be read
 	BadFrame           Reason = "bad_frame"           // not a Kafka frame, or larger than the limit
 	UnknownAPI         Reason = "unknown_api"         // an API key nobody knows
@@ -27,6 +32,11 @@ var Reasons = map[Reason]string{
 	NoCluster:          "if this is a broker of yours, add it under clusters in klamm.yaml",
 	BrokerUnreachable:  "check the broker and the route to it from this host",
 	TooManyConnections: "raise limits.connections in klamm.yaml, or find the client that opens them",
+	NotEnrolled:        "nothing to do if it stays the first of its container; else the node's log says why it cannot listen",
+	EnforcerDown:       "see why the node was down; clients retry",
+	KernelFailed:       "look at net.core.optmem_max and at the memory of the host",
+	Bypass:             "find out who runs there: no Kafka client does this",
+	Tampered:           "find out who has root's rights on this host, and uses them",
 	TLSRefused:         "let the client speak plaintext to the node; what a TLS client says cannot be read",
 	BadFrame:           "the client does not speak Kafka, or sends frames above limits.max-frame",
 	UnknownAPI:         "the client uses an API key that Kafka does not have; nothing to do",

@@ -174,7 +174,7 @@ func (r *rig) startNode(ctx context.Context, mutate bool) error {
 	if err != nil {
 		return err
 	}
-	config := fmt.Sprintf(`node: {name: verify-clients, cgroup: %q}
+	config := fmt.Sprintf(`node: {name: verify-clients, cgroup: %q, pins: "", socket: ""}
 intercept: {ports: [%d]}
 clusters:
   - {name: verify, bootstrap: [%q, %q]}

@@ -99,7 +99,7 @@ func Load(t testing.TB, dir, cgroup, broker, policy string, c Config) node.Confi
 		t.Fatal(err)
 	}
 	sections := Config{
-		"node":      "{name: node-1, cgroup: " + cgroup + "}",
+		"node":      "{name: node-1, cgroup: " + cgroup + ", pins: \"\", socket: \"\"}",
 		"intercept": "{ports: [" + port + "]}",
 		"clusters":  Clusters(broker),
 		"identities": fmt.Sprintf("[{name: orders, spiffe-id: %q, uid: %d}, {name: report, spiffe-id: %q, uid: %d}]",
