@@ -23,6 +23,7 @@ const planVariable = "KLAMM_TEST_PLAN"
 type plan struct {
 	UID   int // 0 stays root
 	Steps []step
+	Write bool // then passes its standard input on to its first socket
 }
 
 type step struct {
@@ -34,6 +35,7 @@ type step struct {
 	Proto  int    `json:",omitempty"` // IPPROTO_
 	Device string `json:",omitempty"` // SO_BINDTODEVICE
 	V6Only bool   `json:",omitempty"`
+	Packet []byte `json:",omitempty"` // for "send a packet", from the IP header on
 }
 
 type outcome struct {
@@ -71,7 +73,21 @@ var actions = map[string]func(fd int, s step) error{
 		}
 		return nil
 	},
-	"bind": func(fd int, s step) error { return unix.Bind(fd, s.address()) },
+	"bind":          func(fd int, s step) error { return unix.Bind(fd, s.address()) },
+	"only a socket": func(int, step) error { return nil },
+	"send a packet": func(_ int, s step) error {
+		to := s.address()
+		family := unix.AF_INET
+		if v6, is := to.(*unix.SockaddrInet6); is {
+			family, v6.Port = unix.AF_INET6, 0
+		}
+		raw, err := unix.Socket(family, unix.SOCK_RAW, unix.IPPROTO_RAW) // with it the sender writes the IP header
+		if err != nil {
+			return err
+		}
+		defer func() { _ = unix.Close(raw) }()
+		return unix.Sendto(raw, s.Packet, 0, to)
+	},
 }
 
 func (s step) address() unix.Sockaddr {
@@ -182,7 +198,11 @@ func runPlan(text string) error {
 			return err
 		}
 	}
-	_, err := io.Copy(io.Discard, os.Stdin)
+	to := io.Discard
+	if p.Write {
+		to = os.NewFile(uintptr(sockets[0]), "socket")
+	}
+	_, err := io.Copy(to, os.Stdin)
 	return err
 }
 
@@ -201,7 +221,7 @@ func executeAgain(rest plan) error {
 type client struct {
 	t        testing.TB
 	cmd      *exec.Cmd
-	stdin    io.Closer
+	stdin    io.WriteCloser
 	outcomes *json.Decoder
 	pidFD    int
 }

@@ -204,7 +204,7 @@ func (p *Programs) attach(clients, both *os.File) error {
 
 // reattach makes a new link; never the older BPF_PROG_ATTACH: programs by link always let others attach too.
 func (h *hook) reattach() error {
-	l, err := link.AttachRawLink(link.RawLinkOptions{Target: int(h.cgroup.Fd()), Attach: h.attach, Program: h.program})
+	l, err := link.AttachCgroup(link.CgroupOptions{Path: h.cgroup.Name(), Attach: h.attach, Program: h.program})
 	if err != nil {
 		return explainAttach(h.cgroup, h.attach, err)
 	}
