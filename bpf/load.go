@@ -68,6 +68,30 @@ type Programs struct {
 	config redirectKlammConfig
 }
 
+// places are where the programs belong, in the order in which they are attached: connect comes last, so that no socket is
+// redirected before the way behind it is complete, and after egress, which must know the stamps of whom it lets go.
+var places = []struct {
+	name      string // of the pin
+	attach    ebpf.AttachType
+	listeners bool // the cgroup must cover the listeners, too
+	program   func(*redirectPrograms) *ebpf.Program
+}{
+	{"sockops", ebpf.AttachCGroupSockOps, true, func(p *redirectPrograms) *ebpf.Program { return p.KlammSockops }},
+	{"post_bind4", ebpf.AttachCGroupInet4PostBind, false,
+		func(p *redirectPrograms) *ebpf.Program { return p.KlammPostBind4 }},
+	{"post_bind6", ebpf.AttachCGroupInet6PostBind, false,
+		func(p *redirectPrograms) *ebpf.Program { return p.KlammPostBind6 }},
+	{"getpeername4", ebpf.AttachCgroupInet4GetPeername, false,
+		func(p *redirectPrograms) *ebpf.Program { return p.KlammGetpeername4 }},
+	{"getpeername6", ebpf.AttachCgroupInet6GetPeername, false,
+		func(p *redirectPrograms) *ebpf.Program { return p.KlammGetpeername6 }},
+	{"egress", ebpf.AttachCGroupInetEgress, false, func(p *redirectPrograms) *ebpf.Program { return p.KlammEgress }},
+	{"connect4", ebpf.AttachCGroupInet4Connect, false, func(p *redirectPrograms) *ebpf.Program { return p.KlammConnect4 }},
+	{"connect6", ebpf.AttachCGroupInet6Connect, false, func(p *redirectPrograms) *ebpf.Program { return p.KlammConnect6 }},
+	{"sock_create", ebpf.AttachCGroupInetSockCreate, false,
+		func(p *redirectPrograms) *ebpf.Program { return p.KlammSockCreate }},
+}
+
 // hook is a program at its place.
 type hook struct {
 	name    string // of its pin
@@ -168,20 +192,15 @@ func isBelow(path, above string) bool {
 	return err == nil && filepath.IsLocal(relative)
 }
 
-// attach puts connect last, so that no socket is redirected before the way behind it is complete; egress comes before
-// it, because it must know the stamps of whom connect lets go.
+// attach puts each program to its place, into the link that is pinned there or a new one.
 func (p *Programs) attach(clients, both *os.File) error {
-	o := &p.objects
-	p.hooks = []*hook{
-		{name: "sockops", cgroup: both, attach: ebpf.AttachCGroupSockOps, program: o.KlammSockops},
-		{name: "post_bind4", cgroup: clients, attach: ebpf.AttachCGroupInet4PostBind, program: o.KlammPostBind4},
-		{name: "post_bind6", cgroup: clients, attach: ebpf.AttachCGroupInet6PostBind, program: o.KlammPostBind6},
-		{name: "getpeername4", cgroup: clients, attach: ebpf.AttachCgroupInet4GetPeername, program: o.KlammGetpeername4},
-		{name: "getpeername6", cgroup: clients, attach: ebpf.AttachCgroupInet6GetPeername, program: o.KlammGetpeername6},
-		{name: "egress", cgroup: clients, attach: ebpf.AttachCGroupInetEgress, program: o.KlammEgress},
-		{name: "connect4", cgroup: clients, attach: ebpf.AttachCGroupInet4Connect, program: o.KlammConnect4},
-		{name: "connect6", cgroup: clients, attach: ebpf.AttachCGroupInet6Connect, program: o.KlammConnect6},
-		{name: "sock_create", cgroup: clients, attach: ebpf.AttachCGroupInetSockCreate, program: o.KlammSockCreate},
+	for _, place := range places {
+		h := &hook{name: place.name, cgroup: clients, attach: place.attach,
+			program: place.program(&p.objects.redirectPrograms)}
+		if place.listeners {
+			h.cgroup = both
+		}
+		p.hooks = append(p.hooks, h)
 	}
 	for _, h := range p.hooks {
 		var s unix.Stat_t

@@ -19,13 +19,6 @@ import (
 // outlives its container.
 const sweepPeriod = 2 * time.Second
 
-// keeper keeps listeners open when the process ends: the service manager, by its file descriptor store.
-type keeper interface {
-	// keep gives the keeper a copy of the file descriptors, under a name that drop takes.
-	keep(name string, files []*os.File) error
-	drop(name string) error
-}
-
 // inheritance is what one node leaves to the next.
 type inheritance struct {
 	listeners []*os.File
@@ -37,8 +30,8 @@ type inheritance struct {
 // refused, so a namespace that is noticed late costs its clients a retry.
 type enrolments struct {
 	programs *bpf.Programs
-	cgroup   string // of the processes that are redirected
-	keeper   keeper
+	cgroup   string         // of the processes that are redirected
+	manager  serviceManager // keeps the listeners when the process ends
 	serve    func(*net.TCPListener)
 	log      zerolog.Logger
 	host     uint64 // cookie of the node's own
@@ -56,7 +49,7 @@ type enrolment struct {
 }
 
 func newEnrolments(programs *bpf.Programs, o RedirectOptions, serve func(*net.TCPListener)) *enrolments {
-	return &enrolments{programs: programs, cgroup: o.CgroupPath, keeper: o.Keep, serve: serve, log: o.Log,
+	return &enrolments{programs: programs, cgroup: o.CgroupPath, manager: o.Manager, serve: serve, log: o.Log,
 		known: map[uint64]*enrolment{}}
 }
 
@@ -119,16 +112,14 @@ func (e *enrolments) add(n *enrolment) error {
 	for _, l := range n.tcp {
 		e.serve(l)
 	}
-	if e.keeper != nil {
-		if err := e.keeper.keep(n.name(), n.files()); err != nil {
-			e.log.Warn().Err(err).Msg("a listener will not outlive the node; clients are refused while it restarts")
-		}
+	if err := e.manager.keep(n.name(), n.files()); err != nil {
+		e.log.Warn().Err(err).Msg("a listener will not outlive the node; clients are refused while it restarts")
 	}
 	e.log.Debug().Uint64("netns", n.inode).Uint16("port", n.port).Msg("network namespace enrolled")
 	return nil
 }
 
-// name is what the keeper knows the listeners by.
+// name is what the manager knows the listeners by.
 func (n *enrolment) name() string { return "netns-" + strconv.FormatUint(n.cookie, 10) }
 
 // files are the listeners' file descriptors, duplicates.
@@ -250,11 +241,8 @@ func (e *enrolments) release(cookie uint64) {
 // end takes a namespace out of service. e.mu is held.
 func (e *enrolments) end(n *enrolment) {
 	delete(e.known, n.cookie)
-	err := e.programs.Unenrol(n.cookie)
-	if e.keeper != nil {
-		err = errors.Join(err, e.keeper.drop(n.name()))
-	}
-	if err = errors.Join(err, n.listener.Close(), n.netns.Close()); err != nil {
+	err := errors.Join(e.programs.Unenrol(n.cookie), e.manager.drop(n.name()), n.listener.Close(), n.netns.Close())
+	if err != nil {
 		e.log.Warn().Err(err).Uint64("netns", n.inode).Msg("leaving a network namespace")
 	}
 }

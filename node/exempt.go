@@ -5,6 +5,7 @@ import (
 	"io/fs"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -19,7 +20,9 @@ type exemptions struct {
 	root     string // where cgroup2 is mounted
 	log      zerolog.Logger
 	wanted   []Exemption
-	ids      []uint64 // of wanted, as the kernel knows them; 0 for none
+
+	mu  sync.Mutex
+	ids []uint64 // of wanted, as the kernel knows them; 0 for none
 }
 
 // follow refreshes until ctx ends. A failure is told and tried again; until then the processes are redirected.
@@ -39,6 +42,8 @@ func (e *exemptions) follow(ctx context.Context) {
 }
 
 func (e *exemptions) refresh() error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
 	for i, w := range e.wanted {
 		id := w.cgroup(e.root)
 		if id == e.ids[i] {

@@ -40,6 +40,10 @@ type Node struct {
 	redirect *Redirect
 	clusters Clusters
 	attest   *spiffe.Static
+	started  time.Time
+	manager  serviceManager
+	taken    func() error // tells the node before this one that it may end
+	replaced func()       // ends Run: the next node has taken over
 	enforcer *enforcer.Enforcer
 	registry *prometheus.Registry
 	closers  []io.Closer // in the order they were opened
@@ -48,6 +52,7 @@ type Node struct {
 	ports    []uint16
 	networks map[string][]bpf.Network // by cluster
 	kept     []uint16                 // by the node before, until all clusters are reached
+	exempted *exemptions
 
 	ids   atomic.Uint64
 	slots chan struct{}
@@ -55,8 +60,26 @@ type Node struct {
 }
 
 // Open sets everything up but redirects nothing yet: see Run. What it opened is closed again when it fails.
-func Open(c Config, log zerolog.Logger) (_ *Node, err error) {
-	n := &Node{config: c, log: log, registry: prometheus.NewRegistry(), slots: make(chan struct{}, c.Limits.Connections),
+func Open(c Config, log zerolog.Logger) (*Node, error) {
+	manager, kept := findServiceManager()
+	return openNode(c, log, manager, inheritance{listeners: kept}, func() error { return nil })
+}
+
+// Replace is Open in the place of the node that runs, which goes on until this one accepts connections, and then drains
+// and ends. ErrNobody if none answers at node.socket.
+func Replace(ctx context.Context, c Config, log zerolog.Logger) (*Node, error) {
+	before, taken, err := takeOverFrom(ctx, c.Node.Socket)
+	if err != nil {
+		return nil, err
+	}
+	manager, kept := findServiceManager()
+	closeAll(kept) // the same ones
+	return openNode(c, log, manager, before, taken)
+}
+
+func openNode(c Config, log zerolog.Logger, manager serviceManager, before inheritance, taken func() error) (
+	_ *Node, err error) {
+	n := &Node{started: time.Now(), manager: manager, taken: taken, replaced: func() {}, config: c, log: log, registry: prometheus.NewRegistry(), slots: make(chan struct{}, c.Limits.Connections),
 		ports: c.Intercept.Ports, networks: map[string][]bpf.Network{}}
 	defer func() {
 		if err != nil {
@@ -80,7 +103,7 @@ func Open(c Config, log zerolog.Logger) (_ *Node, err error) {
 		}
 	}
 	if n.redirect, err = OpenRedirect(RedirectOptions{CgroupPath: c.Node.Cgroup, Pins: c.Node.Pins,
-		Ports: c.Intercept.Ports, OnEvent: n.noticed, Log: log}); err != nil {
+		Ports: c.Intercept.Ports, Before: before, Manager: manager, OnEvent: n.noticed, Log: log}); err != nil {
 		return nil, err
 	}
 	n.closers = append(n.closers, n.redirect)
@@ -133,6 +156,11 @@ func (n *Node) ReloadPolicy() error {
 // connects are redirected.
 func (n *Node) Run(ctx context.Context, ready func()) error {
 	ctx, stop := context.WithCancel(ctx)
+	handedOver := false
+	n.replaced = sync.OnceFunc(func() {
+		handedOver = true
+		stop()
+	})
 	defer n.conns.Wait()
 	defer stop()
 
@@ -154,8 +182,8 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 		}
 		n.clusters = append(n.clusters, cluster)
 	}
-	failed := make(chan error, 1)
-	if err := n.serveMetrics(ctx, failed); err != nil {
+	failed := make(chan error, 2)
+	if err := errors.Join(n.serveMetrics(ctx, failed), n.serveControl(ctx, failed)); err != nil {
 		return err
 	}
 	if err := n.redirect.Begin(); err != nil {
@@ -167,6 +195,9 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 		defer close(accepting)
 		n.accept(ctx)
 	}()
+	if err := errors.Join(n.taken(), n.manager.tell("READY=1")); err != nil {
+		n.log.Warn().Err(err).Msg("nobody was told that the node is up")
+	}
 	ready()
 
 	var err error
@@ -174,7 +205,11 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 	case <-ctx.Done():
 	case err = <-failed:
 	}
+	_ = n.manager.tell("STOPPING=1") // it sees that without being told
 	stop()
+	if !handedOver && !n.manager.keeps() {
+		err = errors.Join(err, n.redirect.End())
+	}
 	err = errors.Join(err, n.redirect.Stop())
 	<-accepting
 	return err
@@ -239,11 +274,11 @@ func (n *Node) exempt(ctx context.Context) error {
 		return err
 	}
 	wanted := n.config.Intercept.Exempt
-	e := &exemptions{redirect: n.redirect, root: root, log: n.log, wanted: wanted, ids: make([]uint64, len(wanted))}
-	if err := e.refresh(); err != nil {
+	n.exempted = &exemptions{redirect: n.redirect, root: root, log: n.log, wanted: wanted, ids: make([]uint64, len(wanted))}
+	if err := n.exempted.refresh(); err != nil {
 		return err
 	}
-	n.conns.Go(func() { e.follow(ctx) })
+	n.conns.Go(func() { n.exempted.follow(ctx) })
 	return nil
 }
 

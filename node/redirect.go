@@ -42,8 +42,8 @@ type RedirectOptions struct {
 	Ports []uint16
 	// Before are what the node before this one left: its listeners, and its lock on the pins.
 	Before inheritance
-	// Keep are where the listeners outlive the process. Default: nowhere.
-	Keep keeper
+	// Manager keeps the listeners when the process ends, and is told that it lives. Default: none.
+	Manager serviceManager
 	// OnEvent is told what the kernel refused or let pass unenforced. Default: nobody is.
 	OnEvent func(bpf.Event)
 	Log     zerolog.Logger
@@ -55,6 +55,7 @@ type Redirect struct {
 	programs *bpf.Programs
 	enrolled *enrolments
 	onEvent  func(bpf.Event)
+	manager  serviceManager
 	accepted chan redirected
 	beat     *time.Ticker
 	closed   chan struct{}
@@ -91,7 +92,7 @@ func OpenRedirect(o RedirectOptions) (_ *Redirect, err error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &Redirect{programs: programs, onEvent: o.OnEvent, accepted: make(chan redirected),
+	r := &Redirect{programs: programs, onEvent: o.OnEvent, manager: o.Manager, accepted: make(chan redirected),
 		beat: time.NewTicker(heartbeat), closed: make(chan struct{})}
 	r.enrolled = newEnrolments(programs, o, r.listenFor)
 	r.stop = sync.OnceValue(func() error {
@@ -195,8 +196,8 @@ func (r *Redirect) Accept() (net.Conn, bpf.Record, error) {
 		case a := <-r.accepted:
 			return a.conn, a.record, nil
 		case <-r.beat.C:
-			if err := r.programs.Beat(heartbeatFor); err != nil {
-				r.enrolled.log.Error().Err(err).Msg("no heartbeat: the enforcer will count as down")
+			if err := errors.Join(r.programs.Beat(heartbeatFor), r.manager.tell("WATCHDOG=1")); err != nil {
+				r.enrolled.log.Error().Err(err).Msg("no heartbeat: the enforcer may count as down")
 			}
 		case <-r.closed:
 			return nil, bpf.Record{}, fmt.Errorf("accept a redirected connection: %w", net.ErrClosed)
@@ -206,6 +207,9 @@ func (r *Redirect) Accept() (net.Conn, bpf.Record, error) {
 
 // Begin makes the enforcer count as up: Accept is about to be called.
 func (r *Redirect) Begin() error { return r.programs.Beat(heartbeatFor) }
+
+// End makes the enforcer count as down, without waiting for the heartbeat to be over: nobody will accept what waits.
+func (r *Redirect) End() error { return r.programs.Beat(0) }
 
 // Dial connects to a broker itself, over plain TCP: from the network namespace of the calling thread, but for loopback
 // destinations, which mean something only in the client's.

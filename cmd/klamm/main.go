@@ -21,6 +21,8 @@ var commands = []func() *cobra.Command{
 	newDoctorCommand,
 	newNodeCommand,
 	newPolicyCommand,
+	newStatusCommand,
+	newUninstallCommand,
 	newVersionCommand,
 }
 
