@@ -13,15 +13,26 @@ import (
 // anew: the programs may be of another version than those that stamped it.
 func adoptListener(f *os.File, stamp func(fd int) error) (_ *net.TCPListener, _ *netns, err error) {
 	defer func() { err = errors.Join(err, f.Close()) }()
-	if listens, err := unix.GetsockoptInt(int(f.Fd()), unix.SOL_SOCKET, unix.SO_ACCEPTCONN); err != nil || listens == 0 {
-		return nil, nil, fmt.Errorf("%s does not listen: %w", f.Name(), errors.Join(err, unix.EINVAL))
-	}
-	if err := stamp(int(f.Fd())); err != nil {
-		return nil, nil, err
-	}
-	ns, err := netnsOf(int(f.Fd()))
+	raw, err := f.SyscallConn()
 	if err != nil {
 		return nil, nil, err
+	}
+	var ns *netns
+	err = control(raw, func(fd int) (err error) {
+		listens, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
+		if err == nil && listens == 0 {
+			err = unix.EINVAL
+		}
+		if err == nil {
+			err = stamp(fd)
+		}
+		if err == nil {
+			ns, err = netnsOf(fd)
+		}
+		return err
+	})
+	if err != nil {
+		return nil, nil, fmt.Errorf("%s is no listener of a node: %w", f.Name(), err)
 	}
 	l, err := net.FileListener(f)
 	if err != nil {

@@ -74,15 +74,11 @@ func (n *Node) giveAll(conn *net.UnixConn) error {
 }
 
 func give(conn *net.UnixConn, what byte, files []*os.File) error {
-	var fds []int
-	for _, f := range files {
-		fds = append(fds, int(f.Fd()))
+	rights, err := rightsOf(files)
+	if err != nil {
+		return err
 	}
-	var rights []byte
-	if len(fds) > 0 {
-		rights = unix.UnixRights(fds...)
-	}
-	_, _, err := conn.WriteMsgUnix([]byte{what}, rights, nil)
+	_, _, err = conn.WriteMsgUnix([]byte{what}, rights, nil)
 	return err
 }
 

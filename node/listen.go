@@ -53,8 +53,7 @@ func listenOnce(stamp func(fd int) error) (listener, error) {
 	l := listener{port: netip.MustParseAddrPort(v4.Addr().String()).Port(), tcp: []*net.TCPListener{v4}}
 	v6, err := listenAt(stamp, netip.AddrPortFrom(netip.IPv6Loopback(), l.port))
 	switch {
-	// No IPv6 here: then no client can connect by it either.
-	case errors.Is(err, unix.EAFNOSUPPORT), errors.Is(err, unix.EADDRNOTAVAIL):
+	case errors.Is(err, unix.EAFNOSUPPORT): // no IPv6 in this kernel: then no client can connect by it either
 		return l, nil
 	case err != nil:
 		return listener{}, errors.Join(err, l.Close())
@@ -63,16 +62,18 @@ func listenOnce(stamp func(fd int) error) (listener, error) {
 	return l, nil
 }
 
-// listenAt: it must be plain TCP: an MPTCP listener would keep the record on a subflow, where it cannot be found by the
-// accepted socket.
+// listenAt binds also where lo is down still, or has no IPv6 address yet (ip(7), IP_FREEBIND): containers' are set up
+// while the node looks. The socket must be plain TCP: an MPTCP listener would keep the record on a subflow, where it
+// cannot be found by the accepted socket.
 func listenAt(stamp func(fd int) error, at netip.AddrPort) (*net.TCPListener, error) {
-	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error { return control(c, stamp) }}
+	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		return control(c, func(fd int) error {
+			return errors.Join(unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_FREEBIND, 1), stamp(fd))
+		})
+	}}
 	config.SetMultipathTCP(false)
 	l, err := config.Listen(context.Background(), "tcp", at.String())
 	if err != nil {
-		if errors.Is(err, unix.EADDRNOTAVAIL) && at.Addr().Is4() {
-			err = fmt.Errorf("is lo up there? %w", err)
-		}
 		return nil, fmt.Errorf("listen for redirected connections: %w", err)
 	}
 	return l.(*net.TCPListener), nil

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -24,18 +25,37 @@ import (
 
 // The test binary is its own client: started again with this variable, it connects to the address in it, prints what
 // the other side sends, and ends.
-const clientVariable = "KLAMM_TEST_CONNECT"
+const (
+	clientVariable    = "KLAMM_TEST_CONNECT"
+	namespaceVariable = "KLAMM_TEST_NAMESPACE" // a network namespace to do it in
+)
 
 func init() {
 	to, is := os.LookupEnv(clientVariable)
 	if !is {
 		return
 	}
+	if path := os.Getenv(namespaceVariable); path != "" {
+		if err := enterNamespace(path); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+	}
 	if err := readAll(to, os.Stdout); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
 	os.Exit(0)
+}
+
+// enterNamespace moves the main thread, in which init functions run, for good.
+func enterNamespace(path string) error {
+	runtime.LockOSThread()
+	file, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(unix.Setns(int(file.Fd()), unix.CLONE_NEWNET), file.Close())
 }
 
 func readAll(address string, out io.Writer) error {

@@ -3,7 +3,6 @@ package node
 import (
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"strconv"
 
@@ -41,23 +40,41 @@ func (m serviceManager) tell(state string, files ...*os.File) error {
 	if m.socket == "" {
 		return nil
 	}
-	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: m.socket, Net: "unixgram"})
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("tell the service manager %q: %w", state, err)
 	}
-	defer func() { _ = conn.Close() }()
-	var fds []int
-	for _, f := range files {
-		fds = append(fds, int(f.Fd()))
+	defer func() { _ = unix.Close(fd) }()
+	rights, err := rightsOf(files)
+	if err != nil {
+		return fmt.Errorf("tell the service manager %q: %w", state, err)
 	}
-	var rights []byte
-	if len(fds) > 0 {
-		rights = unix.UnixRights(fds...)
-	}
-	if _, _, err := conn.WriteMsgUnix([]byte(state), rights, nil); err != nil {
+	if err := unix.Sendmsg(fd, []byte(state), rights, &unix.SockaddrUnix{Name: m.socket}, unix.MSG_NOSIGNAL); err != nil {
 		return fmt.Errorf("tell the service manager %q: %w", state, err)
 	}
 	return nil
+}
+
+// rightsOf is the control message that carries the files' descriptors (unix(7), SCM_RIGHTS). Not by File.Fd: it would make
+// accept(2) block on a listener that is still in use.
+func rightsOf(files []*os.File) ([]byte, error) {
+	var fds []int
+	for _, f := range files {
+		raw, err := f.SyscallConn()
+		if err == nil {
+			err = control(raw, func(fd int) error {
+				fds = append(fds, fd)
+				return nil
+			})
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	if len(fds) == 0 {
+		return nil, nil
+	}
+	return unix.UnixRights(fds...), nil
 }
 
 // keeps tells whether listeners outlive the node.
