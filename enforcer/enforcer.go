@@ -4,6 +4,7 @@ package enforcer
 
 import (
 	"context"
+	"errors"
 	"net"
 	"net/netip"
 	"sync/atomic"
@@ -100,6 +101,9 @@ func (e *Enforcer) Serve(ctx context.Context, c Conn) error {
 	err := kafka.Serve(ctx, &e.kafka, kafka.Conn{Client: c.Downstream, Broker: c.Upstream, Cluster: c.Kafka,
 		AutoCreate: c.AutoCreate, Policy: subject, Audit: e.audit, Subject: c.subject()})
 	line := trail.Line("connection", audit.Allow).Str("state", "closed").Dur("duration_ms", time.Since(started))
+	if errors.Is(err, kafka.ErrDrained) {
+		line, err = line.Bool("drained", true), nil
+	}
 	if err != nil {
 		line = line.Str("error", err.Error())
 	}
@@ -108,6 +112,14 @@ func (e *Enforcer) Serve(ctx context.Context, c Conn) error {
 		err = ferr
 	}
 	return err
+}
+
+// Drain ends all connections, those served later too: each takes no further request, answers what it owes, and closes
+// both its sides in order. It begins with them one after the other, at random moments within spread, so that a group of
+// consumers does not rebalance as one. It returns when all have ended; when ctx ends before, the rest is cut, and Drain
+// tells how many these were. The last audit lines are written when Serve has returned.
+func (e *Enforcer) Drain(ctx context.Context, spread time.Duration) (cut int) {
+	return e.kafka.Drain(ctx, spread)
 }
 
 // Refuse puts on record that a connection is refused before a byte of it is read. The caller closes it.

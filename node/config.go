@@ -134,6 +134,9 @@ type LimitsConfig struct {
 	Connections int `yaml:"connections"`
 	// For reaching a broker, over 0. Default: 5s.
 	DialTimeout time.Duration `yaml:"dial-timeout"`
+	// For open connections to get the answers they are owed when the node stops; what is left is cut. 0 cuts all at
+	// once. Default: 30s.
+	Drain time.Duration `yaml:"drain"`
 }
 
 // MetricsConfig is the HTTP endpoint: /metrics, /healthz and /readyz.
@@ -156,7 +159,7 @@ func Load(file string) (Config, error) {
 		Intercept: InterceptConfig{Ports: []uint16{9092}, OnEnforcerDown: Refuse, OnUnenrolled: Refuse},
 		Audit:     AuditConfig{File: "-"},
 		Limits: LimitsConfig{MaxFrame: 100 << 20, Memory: 512 << 20, Connections: 10_000,
-			DialTimeout: 5 * time.Second},
+			DialTimeout: 5 * time.Second, Drain: 30 * time.Second},
 		Metrics: MetricsConfig{Listen: "127.0.0.1:9464"},
 	}
 	if err = strict.Decode(file, data, &c); err != nil {
@@ -363,6 +366,7 @@ func (c *LimitsConfig) UnmarshalYAML(node *yaml.Node) error {
 				"want at least %dMiB, or a request of max-frame never fits", (enforcer.MinMemory(int64(c.MaxFrame))+1<<20-1)>>20)},
 			{c.Connections > 0, key(node, "connections"), "want at least 1"},
 			{c.DialTimeout > 0, key(node, "dial-timeout"), "want a duration over 0, like 5s"},
+			{c.Drain >= 0, key(node, "drain"), "want a duration like 30s, or 0s to cut all at once"},
 		}
 	})
 }

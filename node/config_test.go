@@ -44,7 +44,7 @@ func TestTheSmallestConfigurationHasSafeDefaults(t *testing.T) {
 		Clusters:  []ClusterConfig{{Name: "payments", Bootstrap: []string{"broker-1.example:9092"}}},
 		Audit:     AuditConfig{File: "-"},
 		Limits: LimitsConfig{MaxFrame: 100 << 20, Memory: 512 << 20, Connections: 10000,
-			DialTimeout: 5 * time.Second},
+			DialTimeout: 5 * time.Second, Drain: 30 * time.Second},
 		Metrics: MetricsConfig{Listen: "127.0.0.1:9464"},
 	}
 	if !reflect.DeepEqual(got, want) {
@@ -85,7 +85,7 @@ func TestEveryKeyIsReadAndPathsAreRelativeToTheFile(t *testing.T) {
 		Policies: []string{"testdata/policy.yaml", "/etc/klamm/more.yaml"},
 		Audit:    AuditConfig{File: "testdata/audit.jsonl"},
 		Limits: LimitsConfig{MaxFrame: 1 << 20, Memory: 64 << 20, Connections: 100,
-			DialTimeout: 1500 * time.Millisecond},
+			DialTimeout: 1500 * time.Millisecond, Drain: time.Minute},
 	}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %+v\nwant %+v", got, want)
@@ -202,6 +202,8 @@ func TestWhatIsWrongIsSaidWithLineAndColumn(t *testing.T) {
 			smallest + "limits: {dial-timeout: 5}", `2:24: want a duration like 10s, not a number`},
 		"a timeout of 0": {
 			smallest + "limits: {dial-timeout: 0s}", `2:24: want a duration over 0, like 5s`},
+		"a drain below 0": {
+			smallest + "limits: {drain: -1s}", `2:17: want a duration like 30s, or 0s to cut all at once`},
 		"a metrics port alone": {
 			smallest + "metrics: {listen: ':9464'}", `2:19: want host:port like 127.0.0.1:9464`},
 	} {

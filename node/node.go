@@ -152,7 +152,7 @@ func (n *Node) ReloadPolicy() error {
 	return nil
 }
 
-// Run redirects and enforces until ctx ends, then ends the open connections. Ready is called once, when broker-bound
+// Run redirects and enforces until ctx ends, then drains the open connections. Ready is called once, when broker-bound
 // connects are redirected.
 func (n *Node) Run(ctx context.Context, ready func()) error {
 	ctx, stop := context.WithCancel(ctx)
@@ -161,7 +161,9 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 		handedOver = true
 		stop()
 	})
+	serving, cut := context.WithCancel(context.WithoutCancel(ctx))
 	defer n.conns.Wait()
+	defer cut()
 	defer stop()
 
 	// Before the clusters: their brokers' ports are intercepted as soon as they are known.
@@ -193,7 +195,7 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 	accepting := make(chan struct{})
 	go func() {
 		defer close(accepting)
-		n.accept(ctx)
+		n.accept(serving)
 	}()
 	if err := errors.Join(n.taken(), n.manager.tell("READY=1")); err != nil {
 		n.log.Warn().Err(err).Msg("nobody was told that the node is up")
@@ -212,7 +214,18 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 	}
 	err = errors.Join(err, n.redirect.Stop())
 	<-accepting
+	n.drain(serving)
 	return err
+}
+
+// drain gives the open connections limits.drain to end in order.
+func (n *Node) drain(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, n.config.Limits.Drain)
+	defer cancel()
+	if cut := n.enforcer.Drain(ctx, 0); cut > 0 {
+		n.log.Warn().Int("connections", cut).Dur("drain", n.config.Limits.Drain).
+			Msg("connections were cut that still owed answers; their clients send these requests again")
+	}
 }
 
 // Close detaches the redirect and closes what Open opened.

@@ -175,6 +175,30 @@ func TestPortsThatBrokersAdvertiseAreInterceptedToo(t *testing.T) {
 	}
 }
 
+func TestAStopGivesTheAnswersThatAreOwed(t *testing.T) {
+	broker := stage.StartBroker(t)
+	n := stage.Start(t, broker.Addr(), stage.OrdersOnly, nil)
+	conn := n.Workload(stage.OrdersUID).Dial(t, broker.Addr())
+	poll := kmsg.NewPtrFetchRequest()
+	poll.Version, poll.MaxWaitMillis, poll.MinBytes = 4, 500, 1
+	partition := kmsg.NewFetchRequestTopicPartition()
+	partition.PartitionMaxBytes = 1 << 20
+	poll.Topics = []kmsg.FetchRequestTopic{{Topic: "orders", Partitions: []kmsg.FetchRequestTopicPartition{partition}}}
+	arrived := make(chan struct{})
+	broker.ControlKey(poll.Key(), func(kmsg.Request) (kmsg.Response, error, bool) {
+		close(arrived)
+		return nil, nil, false
+	})
+	if _, err := conn.Write(stage.Frame(poll)); err != nil {
+		t.Fatal(err)
+	}
+	<-arrived
+	n.Stop()
+	if got, err := stage.End(conn); err != nil || len(got) < 8 {
+		t.Errorf("the client read %d bytes and %v, not an answer and the end", len(got), err)
+	}
+}
+
 func TestConnectionsAreLimited(t *testing.T) {
 	broker := stage.StartBroker(t)
 	n := stage.Start(t, broker.Addr(), stage.OrdersOnly, stage.Config{"limits": "{connections: 2}"})

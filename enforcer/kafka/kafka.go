@@ -31,6 +31,8 @@ type Shared struct {
 	Decoded  *wire.Budget                   // for what is decoded of either
 	MaxFrame int                            // largest request, in bytes (Kafka: socket.request.max.bytes)
 	Metrics  *Metrics
+
+	sessions sessions
 }
 
 // Conn is one client connection with its way to the broker.

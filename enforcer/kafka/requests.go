@@ -17,7 +17,7 @@ import (
 
 // requests is the loop from client to broker.
 func (s *session) requests() error {
-	for {
+	for !s.up.Stopped() {
 		b, err := s.up.Need(wire.SizePrefix)
 		if err != nil {
 			return cutShort(err)
@@ -41,6 +41,10 @@ func (s *session) requests() error {
 			return errors.Join(err, s.up.Flush()) // what was judged before still goes
 		}
 	}
+	if err := s.up.Flush(); err != nil {
+		return err
+	}
+	return wire.ErrStopped
 }
 
 // cutShort: a client that ends within a frame was no Kafka client, or died; what it began is refused.

@@ -35,6 +35,7 @@ type session struct {
 	up    *wire.Pipe // client to broker
 	down  *wire.Pipe // broker to client
 
+	left  atomic.Bool // drained: both sides are told the end
 	bound atomic.Pointer[binding]
 	mu    sync.Mutex // guards making a binding
 
@@ -104,7 +105,8 @@ func refuse(r audit.Reason, format string, args ...any) error {
 	return &Error{r, fmt.Errorf(format, args...)}
 }
 
-// Serve enforces policy on one connection until either side ends it, and closes both. A nil error is an orderly end.
+// Serve enforces policy on one connection until either side ends it, and closes both. A nil error is an orderly end,
+// and ErrDrained one by Drain.
 func Serve(ctx context.Context, shared *Shared, c Conn) error {
 	s := &session{Shared: shared, conn: c, ctx: new(authz.Ctx),
 		upTrail: c.Audit.Trail(c.Subject), downTrail: c.Audit.Trail(c.Subject)}
@@ -118,6 +120,8 @@ func Serve(ctx context.Context, shared *Shared, c Conn) error {
 
 	stop := context.AfterFunc(ctx, s.abort)
 	defer stop()
+	shared.sessions.add(s)
+	defer shared.sessions.remove(s)
 	var up error
 	var wg sync.WaitGroup
 	wg.Go(func() {
@@ -125,8 +129,11 @@ func Serve(ctx context.Context, shared *Shared, c Conn) error {
 		s.endRequests(up)
 	})
 	down := guard(s.answers)
-	s.abort()
+	if !s.left.Load() {
+		s.abort() // also wakes the request loop
+	}
 	wg.Wait()
+	s.abort()
 	err := s.finish(up, down)
 	s.up.Close()
 	s.down.Close()
@@ -153,11 +160,14 @@ func guard(loop func() error) (err error) {
 	return loop()
 }
 
-// endRequests acts on the end of the request loop. A client that only ended its own direction still gets the answers
-// it is owed; anything else ends both directions at once.
+// endRequests acts on the end of the request loop. A drained client, and one that only ended its own direction, still
+// gets the answers it is owed; anything else ends both directions at once.
 func (s *session) endRequests(err error) {
-	half, ok := s.conn.Broker.(interface{ CloseWrite() error })
-	if errors.Is(err, io.EOF) && ok && half.CloseWrite() == nil {
+	if errors.Is(err, wire.ErrStopped) && s.leave() == nil {
+		s.linger()
+		return
+	}
+	if errors.Is(err, io.EOF) && closeWrite(s.conn.Broker) == nil {
 		_ = s.conn.Broker.SetReadDeadline(time.Now().Add(drainTimeout))
 		return
 	}
@@ -193,13 +203,16 @@ func (s *session) finish(up, down error) error {
 		s.Metrics.Refuse(audit.AuditFailed)
 		err = lost
 	}
+	if err == nil && s.left.Load() {
+		err = ErrDrained
+	}
 	return err
 }
 
 func isOrderly(err error) bool {
 	var op *net.OpError // a reset or a time-out of either side
 	return err == nil || errors.Is(err, io.EOF) || errors.Is(err, wire.ErrClosed) || errors.As(err, &op) ||
-		errors.Is(err, net.ErrClosed)
+		errors.Is(err, net.ErrClosed) || errors.Is(err, wire.ErrStopped)
 }
 
 // view is what the subject may do now, by the current policy and the principal the broker accepted.

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -16,17 +17,23 @@ import (
 // ErrStalled ends a connection that holds memory for a frame whose rest does not come.
 var ErrStalled = errors.New("the rest of a frame did not come in time")
 
-// A frame that is held whole must arrive within stallTimeout and what it takes at stallRate bytes a second.
+// ErrStopped ends the reads of a pipe after Stop.
+var ErrStopped = errors.New("no further frame is read")
+
+// A frame that is held whole must arrive within stallTimeout and what it takes at stallRate bytes a second; one that
+// Stop finds begun, within finishTimeout.
 const (
-	stallTimeout = 30 * time.Second
-	stallRate    = 256 << 10
+	stallTimeout  = 30 * time.Second
+	stallRate     = 256 << 10
+	finishTimeout = 5 * time.Second
 )
 
 // Pipe is one direction of a connection. Bytes are read into one buffer, judged there, and written from there: Pass,
 // Drop and Emit only note what is to go out; it goes out in one write when the pipe has to read more (or on Flush). A
-// Pipe belongs to one goroutine.
+// Pipe belongs to one goroutine; only Stop may come from others.
 type Pipe struct {
 	src io.Reader
+	in  deadliner       // src, where its reads can be interrupted
 	raw syscall.RawConn // of src, where it is a socket: lets an idle pipe wait without a buffer
 	dst io.Writer
 
@@ -42,6 +49,9 @@ type Pipe struct {
 
 	before, after func() error
 
+	stopped  atomic.Bool
+	finishBy time.Time // for the rest of a frame that Stop found begun; zero before
+
 	readable func(fd uintptr) bool
 	n        int
 	err      error
@@ -51,6 +61,7 @@ type Pipe struct {
 // either ends the flush.
 func NewPipe(src io.Reader, dst io.Writer, budget *Budget, before, after func() error) *Pipe {
 	p := &Pipe{src: src, dst: dst, budget: budget, before: before, after: after}
+	p.in, _ = src.(deadliner)
 	if sc, ok := src.(syscall.Conn); ok {
 		if raw, err := sc.SyscallConn(); err == nil {
 			p.raw = raw
@@ -63,23 +74,64 @@ func NewPipe(src io.Reader, dst io.Writer, budget *Budget, before, after func() 
 // Buffered is how many read bytes are not judged yet.
 func (p *Pipe) Buffered() int { return p.w - p.r }
 
+// Stop makes the pipe read no further frame: a Need that waits for one fails with ErrStopped, as does one that waits
+// for the rest of a frame longer than finishTimeout. Stopped tells a reader that finds whole frames in the buffer.
+func (p *Pipe) Stop() {
+	p.stopped.Store(true)
+	if p.in != nil {
+		_ = p.in.SetReadDeadline(time.Unix(1, 0)) // fails on a closed socket, whose reads have ended
+	}
+}
+
+// Stopped tells whether Stop was called.
+func (p *Pipe) Stopped() bool { return p.stopped.Load() }
+
 // Need returns the next n bytes in place, after reading as much as that takes. What was judged before is written first
 // when it has to read. The bytes are valid until the next Need. io.EOF means the source ended between two frames.
 func (p *Pipe) Need(n int) ([]byte, error) {
-	if d, ok := p.src.(deadliner); ok && n > BaseBuffer && p.w-p.r < n {
-		if err := d.SetReadDeadline(time.Now().Add(stallTimeout + time.Duration(n)*time.Second/stallRate)); err != nil {
-			return nil, err
+	b, err := p.inTime(n)
+	for errors.Is(err, os.ErrDeadlineExceeded) && p.stopped.Load() {
+		if p.w == p.r || (!p.finishBy.IsZero() && !time.Now().Before(p.finishBy)) {
+			return nil, ErrStopped
 		}
-		b, err := p.need(n)
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			return nil, fmt.Errorf("%w: %d of %d bytes", ErrStalled, p.w-p.r, n)
+		if err = p.finish(); err == nil {
+			b, err = p.inTime(n)
 		}
-		return b, errors.Join(err, d.SetReadDeadline(time.Time{}))
 	}
-	return p.need(n)
+	if errors.Is(err, os.ErrDeadlineExceeded) && n > BaseBuffer {
+		err = fmt.Errorf("%w: %d of %d bytes", ErrStalled, p.w-p.r, n)
+	}
+	return b, err
 }
 
 type deadliner interface{ SetReadDeadline(time.Time) error }
+
+// inTime is need with a deadline where it holds memory beyond the base buffer.
+func (p *Pipe) inTime(n int) ([]byte, error) {
+	if p.in == nil || n <= BaseBuffer || p.w-p.r >= n || !p.finishBy.IsZero() {
+		return p.need(n)
+	}
+	err := p.in.SetReadDeadline(time.Now().Add(stallTimeout + time.Duration(n)*time.Second/stallRate))
+	if err == nil && p.stopped.Load() { // its deadline may just have been overwritten
+		err = p.finish()
+	}
+	if err != nil {
+		return nil, err
+	}
+	b, err := p.need(n)
+	if err != nil {
+		return nil, err
+	}
+	return b, p.in.SetReadDeadline(p.finishBy)
+}
+
+// finish bounds the rest of the frame that Stop found begun.
+func (p *Pipe) finish() error {
+	if p.finishBy.IsZero() {
+		p.finishBy = time.Now().Add(finishTimeout)
+	}
+	return p.in.SetReadDeadline(p.finishBy)
+}
 
 func (p *Pipe) need(n int) ([]byte, error) {
 	for p.w-p.r < n {

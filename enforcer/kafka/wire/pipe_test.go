@@ -8,7 +8,10 @@ import (
 	"math/rand/v2"
 	"net"
 	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 )
 
 // Random passes, drops and emits, over a socket and over a plain reader, give what the same steps give on plain bytes.
@@ -150,5 +153,56 @@ func TestAWipedPipeKeepsOnlyWhatIsNotJudged(t *testing.T) {
 	rest, err := p.Need(20)
 	if err != nil || string(rest) != " then the next frame" || sent.String() != "a secret;" {
 		t.Errorf("the rest is %q, %v; sent is %q", rest, err, &sent)
+	}
+}
+
+func TestAStoppedPipeWaitsForNoFrameAndNotLongForTheRestOfOne(t *testing.T) {
+	for name, c := range map[string]struct {
+		need  int
+		comes []string // each a second after the one before
+		want  error
+		after time.Duration
+	}{
+		"nothing came":                   {4, nil, ErrStopped, 0},
+		"all came":                       {4, []string{"abcd"}, nil, 0},
+		"the rest comes":                 {4, []string{"a", "b", "c", "d"}, nil, 3 * time.Second},
+		"the rest does not come":         {4, []string{"abc"}, ErrStopped, finishTimeout},
+		"the rest comes too slowly":      {9, strings.Split("abcdefghi", ""), ErrStopped, finishTimeout},
+		"the rest of a large one comes":  {BaseBuffer + 1, []string{"a", strings.Repeat("b", BaseBuffer)}, nil, time.Second},
+		"that of a large one comes not":  {BaseBuffer + 1, []string{"a"}, ErrStopped, finishTimeout},
+		"nothing came of the next large": {BaseBuffer + 1, nil, ErrStopped, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				src, peer := net.Pipe()
+				p := NewPipe(src, io.Discard, NewBudget(1<<20), nil, nil)
+				got := make(chan error, 1)
+				go func() {
+					_, err := p.Need(c.need)
+					got <- err
+				}()
+				var sender sync.WaitGroup
+				sender.Go(func() {
+					for i, text := range c.comes {
+						if i > 0 {
+							time.Sleep(time.Second)
+						}
+						if _, err := peer.Write([]byte(text)); err != nil {
+							return // no longer read
+						}
+					}
+				})
+				synctest.Wait()
+				start := time.Now()
+				p.Stop()
+				if err := <-got; !errors.Is(err, c.want) || time.Since(start) != c.after {
+					t.Errorf("got %v after %v", err, time.Since(start))
+				}
+				if err := errors.Join(src.Close(), peer.Close()); err != nil {
+					t.Error(err)
+				}
+				sender.Wait()
+			})
+		})
 	}
 }
