@@ -308,16 +308,20 @@ func sinceBoot() (uint64, error) {
 	return uint64(t.Nano()), nil
 }
 
-const stampOwn = 1 // KLAMM_STAMP_OWN
+// StampOwn is the value of Stamps for the node's own sockets: KLAMM_STAMP_OWN.
+const StampOwn = 1
 
 // Stamp marks a socket as the node's own: it may connect to brokers and bind the listener's port. Stamp before
 // connect(2) or bind(2). Sockets accepted by a stamped listener are not stamped.
 func (p *Programs) Stamp(fd int) error {
-	if err := p.objects.KlammStamp.Put(int32(fd), uint8(stampOwn)); err != nil {
+	if err := p.objects.KlammStamp.Put(int32(fd), uint8(StampOwn)); err != nil {
 		return fmt.Errorf("stamp the socket: %w", err)
 	}
 	return nil
 }
+
+// Stamps is the sk_storage map of the stamps, for sock_diag(7), which by its file descriptor tells what sockets have.
+func (p *Programs) Stamps() *ebpf.Map { return p.objects.KlammStamp }
 
 // Record returns who connected the accepted socket fd, and where to. ErrNoRecord and ErrRecordVersion are reasons to
 // refuse it, as is any other error.

@@ -62,6 +62,8 @@ type InterceptConfig struct {
 	OnEnforcerDown FailMode `yaml:"on-enforcer-down"`
 	// And of those in a network namespace in which the node does not listen yet. Default: refuse.
 	OnUnenrolled FailMode `yaml:"on-unenrolled"`
+	// Connections to brokers that are older than the node.
+	Established EstablishedConfig `yaml:"established"`
 }
 
 // FailMode is what becomes of a broker-bound connect that cannot be enforced.
@@ -74,6 +76,28 @@ const (
 )
 
 var failModes = []string{string(Refuse), string(Pass)}
+
+// EstablishedConfig is what becomes of connections to brokers that are older than the node.
+type EstablishedConfig struct {
+	// Default: take-over.
+	Mode EstablishedMode `yaml:"mode"`
+	// Connections ended per second, with jitter, on all of the host: 1 to 10000. Default: 50.
+	Rate int `yaml:"rate"`
+}
+
+// EstablishedMode is one of the constants.
+type EstablishedMode string
+
+const (
+	// TakeOver ends the connections: their clients connect again, through the node.
+	TakeOver EstablishedMode = "take-over"
+	// Observe reports the connections and leaves them.
+	Observe EstablishedMode = "observe"
+	// RefuseNewOnly does not look for them.
+	RefuseNewOnly EstablishedMode = "refuse-new-only"
+)
+
+var establishedModes = []string{string(TakeOver), string(Observe), string(RefuseNewOnly)}
 
 // Exemption is a cgroup or systemd unit whose processes are never intercepted. Exactly one of the fields is given.
 type Exemption struct {
@@ -155,9 +179,10 @@ func Load(file string) (Config, error) {
 		return Config{}, fmt.Errorf("read the configuration: %w", err)
 	}
 	c := Config{
-		Node:      HostConfig{Pins: filepath.Join(BPFFS, "klamm"), Socket: "/run/klamm/klamm.sock"},
-		Intercept: InterceptConfig{Ports: []uint16{9092}, OnEnforcerDown: Refuse, OnUnenrolled: Refuse},
-		Audit:     AuditConfig{File: "-"},
+		Node: HostConfig{Pins: filepath.Join(BPFFS, "klamm"), Socket: "/run/klamm/klamm.sock"},
+		Intercept: InterceptConfig{Ports: []uint16{9092}, OnEnforcerDown: Refuse, OnUnenrolled: Refuse,
+			Established: EstablishedConfig{Mode: TakeOver, Rate: 50}},
+		Audit: AuditConfig{File: "-"},
 		Limits: LimitsConfig{MaxFrame: 100 << 20, Memory: 512 << 20, Connections: 10_000,
 			DialTimeout: 5 * time.Second, Drain: 30 * time.Second},
 		Metrics: MetricsConfig{Listen: "127.0.0.1:9464"},
@@ -273,6 +298,18 @@ func (c *InterceptConfig) UnmarshalYAML(node *yaml.Node) error {
 				check{!slices.Contains(c.Ports[:i], p), at(ports, i), fmt.Sprintf("port %d is given twice", p)})
 		}
 		return checks
+	})
+}
+
+// UnmarshalYAML checks mode and rate.
+func (c *EstablishedConfig) UnmarshalYAML(node *yaml.Node) error {
+	type plain EstablishedConfig
+	return section(node, (*plain)(c), func() []check {
+		return []check{
+			{slices.Contains(establishedModes, string(c.Mode)), key(node, "mode"),
+				strict.Unknown("mode", string(c.Mode), establishedModes)},
+			{c.Rate >= 1 && c.Rate <= 10_000, key(node, "rate"), "want 1 to 10000 connections per second"},
+		}
 	})
 }
 

@@ -39,10 +39,11 @@ func TestTheSmallestConfigurationHasSafeDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := Config{
-		Node:      HostConfig{Name: host, Pins: "/sys/fs/bpf/klamm", Socket: "/run/klamm/klamm.sock"},
-		Intercept: InterceptConfig{Ports: []uint16{9092}, OnEnforcerDown: Refuse, OnUnenrolled: Refuse},
-		Clusters:  []ClusterConfig{{Name: "payments", Bootstrap: []string{"broker-1.example:9092"}}},
-		Audit:     AuditConfig{File: "-"},
+		Node: HostConfig{Name: host, Pins: "/sys/fs/bpf/klamm", Socket: "/run/klamm/klamm.sock"},
+		Intercept: InterceptConfig{Ports: []uint16{9092}, OnEnforcerDown: Refuse, OnUnenrolled: Refuse,
+			Established: EstablishedConfig{Mode: TakeOver, Rate: 50}},
+		Clusters: []ClusterConfig{{Name: "payments", Bootstrap: []string{"broker-1.example:9092"}}},
+		Audit:    AuditConfig{File: "-"},
 		Limits: LimitsConfig{MaxFrame: 100 << 20, Memory: 512 << 20, Connections: 10000,
 			DialTimeout: 5 * time.Second, Drain: 30 * time.Second},
 		Metrics: MetricsConfig{Listen: "127.0.0.1:9464"},
@@ -64,7 +65,7 @@ func TestEveryKeyIsReadAndPathsAreRelativeToTheFile(t *testing.T) {
 			Socket: "testdata/run/klamm.sock"},
 		Intercept: InterceptConfig{Ports: []uint16{9092, 9094},
 			Exempt:         []Exemption{{Cgroup: "/system.slice/kafka.service"}, {Unit: "kafka.service"}},
-			OnEnforcerDown: Pass, OnUnenrolled: Pass},
+			OnEnforcerDown: Pass, OnUnenrolled: Pass, Established: EstablishedConfig{Mode: Observe, Rate: 5}},
 		Clusters: []ClusterConfig{
 			{
 				Name:      "payments",
@@ -177,6 +178,13 @@ func TestWhatIsWrongIsSaidWithLineAndColumn(t *testing.T) {
 			smallest + "intercept: {on-enforcer-down: open}", `2:31: unknown mode "open"`},
 		"a fail mode that is empty": {
 			smallest + "intercept: {on-unenrolled: ''}", `2:28: unknown mode ""`},
+		"a mode for established connections that there is not": {
+			smallest + "intercept: {established: {mode: takeover}}",
+			`2:33: unknown mode "takeover", did you mean "take-over"? (allowed: take-over, observe, refuse-new-only)`},
+		"a rate of 0": {
+			smallest + "intercept: {established: {rate: 0}}", `2:33: want 1 to 10000 connections per second`},
+		"a rate that is none": {
+			smallest + "intercept: {established: {rate: 10001}}", `2:33: want 1 to 10000 connections per second`},
 		"an identity without selector": {
 			smallest + "identities:\n- spiffe-id: spiffe://a/b", `3:14: spiffe-id: the rule selects every process`},
 		"an identity without an id": {

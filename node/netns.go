@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"strconv"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -54,6 +55,31 @@ func newNetns(file *os.File) (_ *netns, err error) {
 		return err
 	})
 	return n, err
+}
+
+// makeNetns makes a network namespace with its loopback up. It ends with the last that holds it.
+func makeNetns() (*netns, error) {
+	var n *netns
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // and never unlocked, as in do
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			done <- fmt.Errorf("make a network namespace: %w", err)
+			return
+		}
+		lo, err := netlink.LinkByName("lo")
+		if err == nil {
+			err = netlink.LinkSetUp(lo)
+		}
+		if err == nil {
+			n, err = openNetns("/proc/thread-self/ns/net")
+		}
+		done <- err
+	}()
+	if err := <-done; err != nil {
+		return nil, err
+	}
+	return n, nil
 }
 
 // ownCookie is the cookie of the calling thread's network namespace.

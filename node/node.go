@@ -200,6 +200,7 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 	if err := errors.Join(n.taken(), n.manager.tell("READY=1")); err != nil {
 		n.log.Warn().Err(err).Msg("nobody was told that the node is up")
 	}
+	n.conns.Go(func() { n.takeOver(ctx) })
 	ready()
 
 	var err error
