@@ -179,7 +179,10 @@ func b2u(b bool) uint8 {
 	return 0
 }
 
-// Event waits for something that happened in the kernel. It is for one goroutine; after Close the error is os.ErrClosed.
+// StopEvents makes Event return.
+func (p *Programs) StopEvents() error { return p.events.Close() }
+
+// Event waits for something that happened in the kernel. It is for one goroutine; after StopEvents the error is os.ErrClosed.
 func (p *Programs) Event() (Event, error) {
 	for {
 		r, err := p.events.Read()

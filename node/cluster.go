@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -422,6 +423,9 @@ func (c *Cluster) networks(b *brokers) (networks []bpf.Network) {
 			networks = append(networks, bpf.Network{Prefix: host, Port: addr.Port()})
 		}
 	}
+	slices.SortFunc(networks, func(a, b bpf.Network) int {
+		return cmp.Or(a.Prefix.Addr().Compare(b.Prefix.Addr()), a.Prefix.Bits()-b.Prefix.Bits(), int(a.Port)-int(b.Port))
+	})
 	return networks
 }
 

@@ -15,10 +15,46 @@ import (
 	"golang.org/x/sys/unix"
 
 	"klamm/bpf"
+	"klamm/enforcer"
+	"klamm/enforcer/audit"
+	"klamm/spiffe"
 )
 
-// takeOver deals with the connections that are older than the redirect, in all namespaces that are enrolled.
+// takeOver deals with the connections that are older than the redirect until ctx ends: at once, and again whenever more
+// has become broker-bound. From the first time on the second line stops what is left of them.
 func (n *Node) takeOver(ctx context.Context) {
+	cut := n.config.Intercept.Established.Mode == TakeOver
+	if !cut {
+		n.cutEstablished(false)
+	}
+	for {
+		n.takeOverOnce(ctx)
+		if cut && ctx.Err() == nil {
+			n.cutEstablished(true)
+		}
+		select {
+		case <-n.more:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (n *Node) cutEstablished(cut bool) {
+	if err := n.redirect.programs.CutEstablished(cut); err != nil {
+		n.log.Error().Err(err).Bool("cut", cut).Msg("the second line treats older connections as before")
+	}
+}
+
+// moreIsBound wakes takeOver.
+func (n *Node) moreIsBound() {
+	select {
+	case n.more <- struct{}{}:
+	default: // it is about to look
+	}
+}
+
+func (n *Node) takeOverOnce(ctx context.Context) {
 	root, err := Cgroup2Mount()
 	if err != nil {
 		n.log.Error().Err(err).Msg("connections older than the node may go on past it")
@@ -96,6 +132,18 @@ func (n *Node) tookOver(e established) {
 		line = line.Int("pid", o.pid).Str("comm", o.comm).Str("exe", o.exe)
 	}
 	line.Msg("a connection older than the node")
+	client := enforcer.Client{Destination: e.broker}
+	client.Identity.Process = spiffe.Process{UID: e.uid}
+	if len(e.owners) > 0 {
+		client.Identity.Process = spiffe.Process{PID: uint32(e.owners[0].pid), UID: e.uid, Exe: e.owners[0].exe,
+			Comm: e.owners[0].comm}
+	}
+	switch e.action {
+	case takenDestroyed:
+		n.refuse(client, audit.Older, errors.New("connected before the node ran"))
+	case takenLeft, takenPassive, takenFailed:
+		n.passed(client, "older_connection")
+	}
 }
 
 // fileidKernfs is the kernel's FILEID_KERNFS: the handle of a cgroup is its id.

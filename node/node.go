@@ -42,8 +42,9 @@ type Node struct {
 	attest   *spiffe.Static
 	started  time.Time
 	manager  serviceManager
-	taken    func() error // tells the node before this one that it may end
-	replaced func()       // ends Run: the next node has taken over
+	taken    func() error  // tells the node before this one that it may end
+	replaced func()        // ends Run: the next node has taken over
+	more     chan struct{} // more has become broker-bound
 	enforcer *enforcer.Enforcer
 	registry *prometheus.Registry
 	closers  []io.Closer // in the order they were opened
@@ -79,7 +80,7 @@ func Replace(ctx context.Context, c Config, log zerolog.Logger) (*Node, error) {
 
 func openNode(c Config, log zerolog.Logger, manager serviceManager, before inheritance, taken func() error) (
 	_ *Node, err error) {
-	n := &Node{started: time.Now(), manager: manager, taken: taken, replaced: func() {}, config: c, log: log, registry: prometheus.NewRegistry(), slots: make(chan struct{}, c.Limits.Connections),
+	n := &Node{started: time.Now(), manager: manager, taken: taken, replaced: func() {}, more: make(chan struct{}, 1), config: c, log: log, registry: prometheus.NewRegistry(), slots: make(chan struct{}, c.Limits.Connections),
 		ports: c.Intercept.Ports, networks: map[string][]bpf.Network{}}
 	defer func() {
 		if err != nil {
@@ -255,6 +256,7 @@ func (n *Node) interceptAlso(ports []uint16) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.ports = append(n.ports, ports...)
+	defer n.moreIsBound()
 	if err := n.intercept(); err != nil {
 		n.log.Error().Err(err).Uints16("ports", ports).Msg("these broker ports may not be intercepted")
 	}
@@ -264,7 +266,11 @@ func (n *Node) interceptAlso(ports []uint16) {
 func (n *Node) interceptAt(cluster string, networks []bpf.Network) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	if slices.Equal(networks, n.networks[cluster]) {
+		return
+	}
 	n.networks[cluster] = networks
+	defer n.moreIsBound()
 	if err := n.intercept(); err != nil {
 		n.log.Error().Err(err).Str("cluster", cluster).Msg("brokers on ports below 1024 may not be intercepted")
 	}

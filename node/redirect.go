@@ -306,11 +306,10 @@ func (r *Redirect) Close() error { return r.close() }
 
 // shut stops the listeners first, since they use the programs. A client that connects in between is refused.
 func (r *Redirect) shut() error {
-	err := r.stop()
-	r.using.Lock()
-	r.gone = true
-	r.using.Unlock()
-	err = errors.Join(err, r.programs.Close()) // ends events
+	err := errors.Join(r.stop(), r.programs.StopEvents())
 	r.running.Wait()
-	return err
+	r.using.Lock()
+	defer r.using.Unlock()
+	r.gone = true
+	return errors.Join(err, r.programs.Close())
 }

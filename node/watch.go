@@ -61,9 +61,14 @@ func (n *Node) noticed(e bpf.Event) {
 		return
 	}
 	if strings.HasPrefix(e.Reason(), "passed_") {
-		if err := n.enforcer.Unenforced(client, e.Reason()); err != nil {
-			n.log.Error().Err(err).Msg("a connection that passed unenforced is not on record")
-		}
+		n.passed(client, e.Reason())
+	}
+}
+
+// passed puts on record that a connection passes unseen.
+func (n *Node) passed(client enforcer.Client, why string) {
+	if err := n.enforcer.Unenforced(client, why); err != nil {
+		n.log.Error().Err(err).Msg("a connection that passed unenforced is not on record")
 	}
 }
 

@@ -12,6 +12,7 @@ const (
 	NotEnrolled        Reason = "not_enrolled"        // refused in the kernel: nobody listens in its network namespace yet
 	EnforcerDown       Reason = "enforcer_down"       // refused in the kernel: the node did not run, or hung
 	KernelFailed       Reason = "kernel"              // refused in the kernel: it could not make the record of the connect
+	Older              Reason = "older_connection"    // ended, for it was there before the node
 	Bypass             Reason = "bypass"              // refused in the kernel: something tried to go around the node
 	Tampered           Reason = "tampered"            // somebody took the node's programs or rules away; they were put back
 	TLSRefused         Reason = "tls"                 // the client speaks TLS, which cannot be read
@@ -35,6 +36,7 @@ var Reasons = map[Reason]string{
 	NotEnrolled:        "nothing to do if it stays the first of its container; else the node's log says why it cannot listen",
 	EnforcerDown:       "see why the node was down; clients retry",
 	KernelFailed:       "look at net.core.optmem_max and at the memory of the host",
+	Older:              "nothing to do: the client connects anew, through the node",
 	Bypass:             "find out who runs there: no Kafka client does this",
 	Tampered:           "find out who has root's rights on this host, and uses them",
 	TLSRefused:         "let the client speak plaintext to the node; what a TLS client says cannot be read",
