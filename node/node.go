@@ -107,7 +107,12 @@ func openNode(c Config, log zerolog.Logger, manager serviceManager, before inher
 		return nil, err
 	}
 	n.closers = append(n.closers, n.redirect)
-	if n.attest, err = spiffe.NewStatic(c.Identities, spiffe.NewProcesses(tasks{n.redirect})); err != nil {
+	cgroups, err := Cgroup2Mount()
+	if err != nil {
+		return nil, err
+	}
+	processes := spiffe.NewProcesses(tasks{n.redirect}, cgroups, nil)
+	if n.attest, err = spiffe.NewStatic(c.Identities, processes); err != nil {
 		return nil, err
 	}
 	n.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
