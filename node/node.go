@@ -39,6 +39,7 @@ type Node struct {
 	log      zerolog.Logger
 	redirect *Redirect
 	clusters Clusters
+	nri      *nri // nil where no container runtime is asked
 	attest   *spiffe.Static
 	started  time.Time
 	manager  serviceManager
@@ -111,7 +112,12 @@ func openNode(c Config, log zerolog.Logger, manager serviceManager, before inher
 	if err != nil {
 		return nil, err
 	}
-	processes := spiffe.NewProcesses(tasks{n.redirect}, cgroups, nil)
+	var workloads spiffe.Workloads
+	if c.Intercept.NRI != "" {
+		n.nri = newNRI(c.Intercept.NRI, n.redirect.enrolled, n.registry, log)
+		workloads = n.nri
+	}
+	processes := spiffe.NewProcesses(tasks{n.redirect}, cgroups, workloads)
 	if n.attest, err = spiffe.NewStatic(c.Identities, processes); err != nil {
 		return nil, err
 	}
@@ -197,6 +203,9 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 		return err
 	}
 	n.conns.Go(func() { n.watch(ctx) })
+	if n.nri != nil {
+		n.conns.Go(func() { n.nri.run(ctx) })
+	}
 	accepting := make(chan struct{})
 	go func() {
 		defer close(accepting)
@@ -367,6 +376,12 @@ func (n *Node) find(ctx context.Context, r bpf.Record) (Destination, error) {
 func (n *Node) identify(ctx context.Context, r bpf.Record) (spiffe.Identity, error) {
 	ctx, cancel := context.WithTimeout(ctx, identifyTimeout)
 	defer cancel()
+	if n.nri != nil {
+		select { // a node that has just started does not know yet what the pods are called that were there before
+		case <-n.nri.first:
+		case <-ctx.Done():
+		}
+	}
 	return n.attest.Attest(ctx, spiffe.Peer{TGID: r.TGID, UID: r.UID, GID: r.GID, StartBoottime: r.StartBoottime,
 		ExecID: r.ExecID, PidInode: r.PidInode, ExeInode: r.ExeInode, ExeDev: r.ExeDev, CgroupID: r.CgroupID,
 		Comm: r.Comm.String()})

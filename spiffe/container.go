@@ -76,8 +76,8 @@ func containerOf(cgroup string) (c container, ok bool) {
 }
 
 // madeByRoot tells whether only root can have made the container's cgroup, and so named it: mkdir(2) in cgroupfs needs
-// write permission on the parent directory, which is the user's where a cgroup was delegated to one. root is where
-// cgroup2 is mounted. The cgroup itself may belong to somebody else: a container with a user namespace is given its own.
+// write permission on the parent directory, which is the user's where a cgroup was delegated to one. The cgroup itself
+// may belong to somebody else: a container with a user namespace is given its own. root is where cgroup2 is mounted.
 func (c container) madeByRoot(root string) bool {
 	var parent unix.Stat_t
 	if unix.Stat(filepath.Join(root, path.Dir(c.path)), &parent) != nil {
