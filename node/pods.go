@@ -11,6 +11,8 @@ import (
 const maxPods, maxContainers = 4096, 16384
 
 // pods are what the runtime told of. A pod that is restarted gets a new sandbox before its old one is removed.
+// containerd does not tell of the end of pods that are older than itself (its issue 8426; 2.4.2 too): these are
+// forgotten when the node connects the next time.
 type pods struct {
 	sandboxes  map[string]sandbox   // by sandbox id
 	byUID      map[string]string    // the newest sandbox's id, by the pod's uid

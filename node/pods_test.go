@@ -26,7 +26,7 @@ const podUID = "2f1d6a0e-93c4-4b0e-8f55-0123456789ab"
 var containerID = strings.Repeat("0123456789abcdef", 4)
 
 // startRuntime serves NRI, as containerd does, with one container in one pod.
-func startRuntime(t *testing.T, pod *api.PodSandbox, container *api.Container) (r *adaptation.Adaptation, socket string) {
+func startRuntime(t *testing.T, pod *api.PodSandbox, container *api.Container) (*adaptation.Adaptation, string) {
 	t.Helper()
 	socket, none := filepath.Join(t.TempDir(), "nri.sock"), t.TempDir()
 	synchronize := func(ctx context.Context, tell adaptation.SyncCB) error {

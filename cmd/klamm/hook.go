@@ -76,7 +76,7 @@ func askToEnrol(ctx context.Context, socket string, pid int) error {
 		return fmt.Errorf("the node at %s did not answer within %s", socket, hookTimeout)
 	}
 	if err != nil {
-		return fmt.Errorf("ask the node to enrol the container: %w: is it running?", err)
+		return fmt.Errorf("the node is not there: %w", errors.Unwrap(err)) // of a *url.Error, whose URL is our own
 	}
 	defer func() { _ = response.Body.Close() }()
 	if response.StatusCode == http.StatusNoContent {
@@ -84,7 +84,7 @@ func askToEnrol(ctx context.Context, socket string, pid int) error {
 	}
 	why, err := io.ReadAll(io.LimitReader(response.Body, 4<<10))
 	if err != nil {
-		return fmt.Errorf("ask the node to enrol the container: %w", err)
+		return fmt.Errorf("read the node's answer: %w", err)
 	}
 	return fmt.Errorf("the node says: %s", strings.TrimSpace(string(why)))
 }

@@ -18,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"klamm/test/kafka"
 	"klamm/test/stage"
 )
 
@@ -135,7 +136,7 @@ func TestAHookHasAContainerEnrolledBeforeItStarts(t *testing.T) {
 		"a node":                            {[]string{"--socket", there}, "hello\n", ""},
 		"a node, required":                  {[]string{"--socket", there, "--require"}, "hello\n", ""},
 		"no node, and the container starts": {[]string{"--socket", missing}, "", "Connection refused"},
-		"no node, but required":             {[]string{"--socket", missing, "--require"}, "", "is it running?"},
+		"no node, but required":             {[]string{"--socket", missing, "--require"}, "", "the node is not there"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := bundle(t, test.hook...)
@@ -144,7 +145,8 @@ func TestAHookHasAContainerEnrolledBeforeItStarts(t *testing.T) {
 			cmd := exec.Command("runc", "--root", filepath.Join(dir, "state"), "run", "--bundle", dir, id)
 			cmd.Stdout, cmd.Stderr = &out, &errOut
 			err := cmd.Run()
-			if out.String() != test.out || !strings.Contains(errOut.String(), test.err) || (err != nil) != (test.err != "") {
+			if out.String() != test.out || !strings.Contains(errOut.String(), test.err) ||
+				(err != nil) != (test.err != "") {
 				t.Errorf("%v, output %q, errors %q", err, out.String(), errOut.String())
 			}
 		})
@@ -165,14 +167,14 @@ func TestAHookSaysWhyAContainerIsNotEnrolled(t *testing.T) {
 		code  int
 		says  string
 	}{
-		"the node fails":                 {state, []string{"--socket", fails}, 0, "container c1 is not enrolled"},
-		"the node fails, and why":        {state, []string{"--socket", fails}, 0, "the node says: no memory"},
-		"the node fails, but required":   {state, []string{"--socket", fails, "--require"}, 1, "the node says: no memory"},
-		"the node hangs, but required":   {state, []string{"--socket", hangs, "--require"}, 1, "did not answer within 2s"},
-		"no state":                       {"", nil, 1, "read the container's state from standard input"},
-		"a state that is none":           {"[]", nil, 1, "read the container's state from standard input"},
-		"a state without a process":      {`{"id": "c1", "status": "stopped"}`, nil, 1, "createRuntime"},
-		"the runtime's own words for it": {state + "\n", []string{"--socket", "/missing"}, 0, "is it running?"},
+		"the node fails":               {state, []string{"--socket", fails}, 0, "container c1 is not enrolled"},
+		"the node fails, and why":      {state, []string{"--socket", fails}, 0, "the node says: no memory"},
+		"the node fails, but required": {state, []string{"--socket", fails, "--require"}, 1, "the node says: no memory"},
+		"the node hangs, but required": {state, []string{"--socket", hangs, "--require"}, 1, "did not answer within 2s"},
+		"no state":                     {"", nil, 1, "read the container's state from standard input"},
+		"a state that is none":         {"[]", nil, 1, "read the container's state from standard input"},
+		"a state without a process":    {`{"id": "c1", "status": "stopped"}`, nil, 1, "createRuntime"},
+		"no node":                      {state, []string{"--socket", "/missing"}, 0, "the node is not there: dial unix"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			cmd := exec.Command("/proc/self/exe", append([]string{"hook"}, test.args...)...)
@@ -190,6 +192,43 @@ func TestAHookSaysWhyAContainerIsNotEnrolled(t *testing.T) {
 				t.Errorf("it took %s", took)
 			}
 		})
+	}
+}
+
+func TestTheNodeEnrolsForAHook(t *testing.T) {
+	cgroup, dir := stage.NewCgroup(t), t.TempDir()
+	socket := filepath.Join(dir, "klamm.sock")
+	stage.Load(t, dir, cgroup, stage.DownAddr(t), stage.OrdersOnly, stage.Config{
+		"node":      fmt.Sprintf("{cgroup: %s, pins: \"\", socket: %s}", cgroup, socket),
+		"intercept": "{ports: [19092], nri: " + socket + ".none}"})
+	file := filepath.Join(dir, "klamm.yaml")
+	_, _, log := command(t, kafka.Place{}, "", "node", "-c", file)
+	stage.Await(t, "the node to redirect", func() bool { return strings.Contains(log.String(), "redirecting") })
+	container := exec.Command("unshare", "--net", "sleep", "1000")
+	if err := (kafka.Place{Cgroup: cgroup}).Start(container); err != nil { // it makes no socket: only the hook tells
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _, _ = container.Process.Kill(), container.Wait() })
+	netns := func(pid int) uint64 {
+		var s unix.Stat_t
+		if err := unix.Stat(fmt.Sprintf("/proc/%d/ns/net", pid), &s); err != nil {
+			t.Fatal(err)
+		}
+		return s.Ino
+	}
+	stage.Await(t, "the namespace", func() bool { return netns(container.Process.Pid) != netns(os.Getpid()) })
+
+	hook := exec.Command("/proc/self/exe", "hook", "--socket", socket, "--require")
+	hook.Stdin = strings.NewReader(fmt.Sprintf(`{"id": "c1", "pid": %d}`, container.Process.Pid))
+	if out, err := hook.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	code, out, errOut := inProcess(t, "status", "-c", file)
+	if want := fmt.Sprintf("net:[%d]", netns(container.Process.Pid)); !strings.Contains(string(out), want) {
+		t.Errorf("klamm status does not tell of %s: exit code %d\n%s%s", want, code, out, errOut)
+	}
+	if !strings.Contains(string(out), "connect to the container runtime: dial unix") {
+		t.Errorf("klamm status does not tell that there is no container runtime:\n%s", out)
 	}
 }
 
