@@ -25,7 +25,7 @@ generate: ## the eBPF objects from their C sources
 	go generate ./bpf
 
 test: ## unit tests under the race detector, real kernel hooks, a lean pass over real Kafka; needs root
-	$(setup) go gcc kafka
+	$(setup) go gcc kafka runc
 	go vet ./...
 	go test -race -timeout 15m ./...
 	go test -run SteadyState ./enforcer/kafka # counts allocations, which the race detector changes

@@ -64,6 +64,9 @@ type InterceptConfig struct {
 	OnUnenrolled FailMode `yaml:"on-unenrolled"`
 	// Connections to brokers that are older than the node.
 	Established EstablishedConfig `yaml:"established"`
+	// The NRI socket of the container runtime, which then tells of each pod before it starts: in containerd and CRI-O
+	// /var/run/nri/nri.sock. Default: none, pods are enrolled when they first connect.
+	NRI string `yaml:"nri"`
 }
 
 // FailMode is what becomes of a broker-bound connect that cannot be enforced.
@@ -205,7 +208,7 @@ func Load(file string) (Config, error) {
 }
 
 func (c *Config) paths() []*string {
-	paths := []*string{&c.Node.Cgroup, &c.Node.Pins, &c.Node.Socket, &c.Audit.File}
+	paths := []*string{&c.Node.Cgroup, &c.Node.Pins, &c.Node.Socket, &c.Intercept.NRI, &c.Audit.File}
 	for i := range c.Policies {
 		paths = append(paths, &c.Policies[i])
 	}

@@ -65,7 +65,8 @@ func TestEveryKeyIsReadAndPathsAreRelativeToTheFile(t *testing.T) {
 			Socket: "testdata/run/klamm.sock"},
 		Intercept: InterceptConfig{Ports: []uint16{9092, 9094},
 			Exempt:         []Exemption{{Cgroup: "/system.slice/kafka.service"}, {Unit: "kafka.service"}},
-			OnEnforcerDown: Pass, OnUnenrolled: Pass, Established: EstablishedConfig{Mode: Observe, Rate: 5}},
+			OnEnforcerDown: Pass, OnUnenrolled: Pass, Established: EstablishedConfig{Mode: Observe, Rate: 5},
+			NRI: "/var/run/nri/nri.sock"},
 		Clusters: []ClusterConfig{
 			{
 				Name:      "payments",
@@ -82,6 +83,7 @@ func TestEveryKeyIsReadAndPathsAreRelativeToTheFile(t *testing.T) {
 		Identities: Identities{
 			{Name: "orders service", SPIFFEID: "spiffe://example.test/ns/shop/sa/orders", UID: &uid,
 				Exe: "/usr/bin/orders", ExeSHA256: strings.Repeat("ab", 32), Cgroup: "/system.slice/*", Unit: "orders.service"},
+			{SPIFFEID: "spiffe://example.test/ns/shop/sa/report", Namespace: "shop", Pod: "report-*", Container: "app"},
 		},
 		Policies: []string{"testdata/policy.yaml", "/etc/klamm/more.yaml"},
 		Audit:    AuditConfig{File: "testdata/audit.jsonl"},
@@ -100,6 +102,8 @@ func TestWhatIsWrongIsSaidWithLineAndColumn(t *testing.T) {
 	for name, test := range map[string]struct{ text, want string }{
 		"an unknown section": {
 			smallest + "limit: {}", `2:1: unknown key "limit", did you mean "limits"?`},
+		"a pod without its namespace": {
+			smallest + "identities:\n- {spiffe-id: 'spiffe://a/b', pod: x}", `3:36: pod: give namespace as well`},
 		"an unknown key": {
 			smallest + "limits:\n  max-fram: 1MiB", `3:3: unknown key "max-fram", did you mean "max-frame"?`},
 		"a duplicate key": {

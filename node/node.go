@@ -39,6 +39,7 @@ type Node struct {
 	log      zerolog.Logger
 	redirect *Redirect
 	clusters Clusters
+	nri      *nri // nil where no container runtime is asked
 	attest   *spiffe.Static
 	started  time.Time
 	manager  serviceManager
@@ -108,7 +109,17 @@ func openNode(c Config, log zerolog.Logger, manager serviceManager, before inher
 		return nil, err
 	}
 	n.closers = append(n.closers, n.redirect)
-	if n.attest, err = spiffe.NewStatic(c.Identities, spiffe.NewProcesses(tasks{n.redirect})); err != nil {
+	cgroups, err := Cgroup2Mount()
+	if err != nil {
+		return nil, err
+	}
+	var workloads spiffe.Workloads
+	if c.Intercept.NRI != "" {
+		n.nri = newNRI(c.Intercept.NRI, n.redirect.enrolled, n.registry, log)
+		workloads = n.nri
+	}
+	processes := spiffe.NewProcesses(tasks{n.redirect}, cgroups, workloads)
+	if n.attest, err = spiffe.NewStatic(c.Identities, processes); err != nil {
 		return nil, err
 	}
 	n.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
@@ -193,6 +204,9 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 		return err
 	}
 	n.conns.Go(func() { n.watch(ctx) })
+	if n.nri != nil {
+		n.conns.Go(func() { n.nri.run(ctx) })
+	}
 	accepting := make(chan struct{})
 	go func() {
 		defer close(accepting)
@@ -368,6 +382,12 @@ func (n *Node) find(ctx context.Context, r bpf.Record) (Destination, error) {
 func (n *Node) identify(ctx context.Context, r bpf.Record) (spiffe.Identity, error) {
 	ctx, cancel := context.WithTimeout(ctx, identifyTimeout)
 	defer cancel()
+	if n.nri != nil {
+		select { // a node that has just started does not know yet what the pods are called that were there before
+		case <-n.nri.first:
+		case <-ctx.Done():
+		}
+	}
 	return n.attest.Attest(ctx, spiffe.Peer{TGID: r.TGID, UID: r.UID, GID: r.GID, StartBoottime: r.StartBoottime,
 		ExecID: r.ExecID, PidInode: r.PidInode, ExeInode: r.ExeInode, ExeDev: r.ExeDev, CgroupID: r.CgroupID,
 		Comm: r.Comm.String()})

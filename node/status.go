@@ -18,8 +18,9 @@ type Status struct {
 	Namespaces  []NamespaceStatus `json:"namespaces"` // in which the node listens
 	Exempt      []ExemptStatus    `json:"exempt"`
 	Clusters    []ClusterStatus   `json:"clusters"`
-	Connections int               `json:"connections"` // open now
-	Counters    map[string]uint64 `json:"counters"`    // see bpf.Programs.Counters
+	NRI         *NRIStatus        `json:"nri,omitempty"` // where intercept.nri is given
+	Connections int               `json:"connections"`   // open now
+	Counters    map[string]uint64 `json:"counters"`      // see bpf.Programs.Counters
 }
 
 // NamespaceStatus is a network namespace in which the node listens.
@@ -56,6 +57,10 @@ func (n *Node) Status() (Status, error) {
 	}
 	if s.Counters, err = n.redirect.Counters(); err != nil {
 		return s, err
+	}
+	if n.nri != nil {
+		nri := n.nri.status()
+		s.NRI = &nri
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()

@@ -27,6 +27,11 @@ type Process struct {
 	Cgroup    string // cgroup2 path, "/" is the root
 	Unit      string // systemd unit taken from the cgroup path; empty when there is none
 	Started   time.Time
+
+	ContainerID string // of the container runtime, taken from the cgroup path; empty outside of containers
+	PodUID      string // of kubelet, taken from the cgroup path; empty outside of pods
+	// What the container runtime calls them; empty where it does not know PodUID, or none was asked.
+	Namespace, Pod, Container string
 }
 
 // Peer is what the kernel recorded about the process in connect(2), in its own context and so without a race.

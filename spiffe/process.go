@@ -37,10 +37,12 @@ type Tasks interface {
 
 // Processes verifies the process behind a Peer and reads its facts. Safe for concurrent use.
 type Processes struct {
-	tasks  Tasks
-	slots  chan struct{}
-	known  bounded[taskKey, process]
-	hashes hasher
+	tasks     Tasks
+	cgroups   string
+	workloads Workloads
+	slots     chan struct{}
+	known     bounded[taskKey, process]
+	hashes    hasher
 }
 
 const (
@@ -51,9 +53,10 @@ const (
 	maxReaders = 64
 )
 
-// NewProcesses verifies by means of tasks.
-func NewProcesses(tasks Tasks) *Processes {
-	return &Processes{tasks: tasks, slots: make(chan struct{}, maxReaders),
+// NewProcesses verifies by means of tasks. cgroups is where the root of cgroup2 is mounted; without it no process is
+// seen to be in a container. workloads is nil where no container runtime tells of its containers.
+func NewProcesses(tasks Tasks, cgroups string, workloads Workloads) *Processes {
+	return &Processes{tasks: tasks, cgroups: cgroups, workloads: workloads, slots: make(chan struct{}, maxReaders),
 		known: newBounded[taskKey, process](maxProcesses), hashes: newHasher()}
 }
 
@@ -79,13 +82,18 @@ func (ps *Processes) verify(ctx context.Context, peer Peer) (process, error) {
 	}
 	p, ok := ps.known.get(key)
 	if !ok {
-		p, err = during(ctx, ps, peer, func() (process, error) { return readProcess(key) })
+		p, err = during(ctx, ps, peer, func() (process, error) { return ps.read(key) })
 		if err != nil {
 			return process{}, err
 		}
 		ps.known.put(key, p)
 	}
 	p.Comm = peer.Comm
+	if ps.workloads != nil && p.PodUID != "" {
+		if w, ok := ps.workloads.Workload(p.PodUID, p.ContainerID); ok {
+			p.Namespace, p.Pod, p.Container = w.Namespace, w.Pod, w.Container
+		}
+	}
 	return p, nil
 }
 
@@ -213,7 +221,7 @@ func exited(fd int) (bool, error) {
 	}
 }
 
-func readProcess(key taskKey) (process, error) {
+func (ps *Processes) read(key taskKey) (process, error) {
 	exe, err := os.Readlink(exeLink(key.pid))
 	if err != nil {
 		return process{}, fmt.Errorf("read the executable's path of process %d: %w", key.pid, err)
@@ -230,11 +238,15 @@ func readProcess(key taskKey) (process, error) {
 	if err != nil {
 		return process{}, err
 	}
-	return process{
+	p := process{
 		Process: Process{PID: key.pid, UID: key.UID, GID: key.GID, Exe: exe, Cgroup: cgroup, Unit: unitOf(cgroup),
 			Started: started},
 		exeOnHost: sameFile(key.pid, exe),
-	}, nil
+	}
+	if c, ok := containerOf(cgroup); ok && ps.cgroups != "" && c.madeByRoot(ps.cgroups) {
+		p.ContainerID, p.PodUID = c.id, c.podUID
+	}
+	return p, nil
 }
 
 func exeLink(pid uint32) string { return fmt.Sprintf("/proc/%d/exe", pid) }

@@ -1,11 +1,13 @@
 package spiffe
 
 import (
+	"cmp"
 	"context"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"path"
+	"regexp"
 	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -28,6 +30,11 @@ type Rule struct {
 	ExeSHA256 string `yaml:"exe-sha256"` // SHA-256 of the executable, 64 hex digits
 	Cgroup    string `yaml:"cgroup"`     // cgroup2 path: "/a/b" is it and all below, "/a/b/*" only what is below
 	Unit      string `yaml:"unit"`       // systemd unit as the system manager names it, "orders.service"
+
+	// Kubernetes names, as this host's container runtime tells them. Where it does not the rule does not match.
+	Namespace string `yaml:"namespace"`
+	Pod       string `yaml:"pod"`       // needs Namespace; "orders-*" is every name that begins with "orders-"
+	Container string `yaml:"container"` // needs Namespace
 }
 
 // FieldError says which field of a rule is wrong, by its YAML name, and why.
@@ -43,9 +50,9 @@ func (e *FieldError) Unwrap() error { return e.Err }
 
 // Validate tells what is wrong with the rule, as a *FieldError, or nil.
 func (r Rule) Validate() error {
-	if r.UID == nil && r.GID == nil && r.Exe == "" && r.ExeSHA256 == "" && r.Cgroup == "" && r.Unit == "" {
+	if r.UID == nil && r.GID == nil && r.Exe+r.ExeSHA256+r.Cgroup+r.Unit+r.Namespace+r.Pod+r.Container == "" {
 		return &FieldError{"spiffe-id", errors.New("the rule selects every process: " +
-			"give at least one of uid, gid, exe, exe-sha256, cgroup, unit")}
+			"give at least one of uid, gid, exe, exe-sha256, cgroup, unit, namespace")}
 	}
 	for _, f := range []struct {
 		name, value string
@@ -56,6 +63,9 @@ func (r Rule) Validate() error {
 		{"exe-sha256", r.ExeSHA256, checkSHA256},
 		{"cgroup", r.Cgroup, checkCgroup},
 		{"unit", r.Unit, checkUnit},
+		{"namespace", r.Namespace, checkLabel},
+		{"pod", r.Pod, r.checkPod},
+		{"container", r.Container, r.checkContainer},
 	} {
 		if f.value == "" && f.name != "spiffe-id" {
 			continue
@@ -107,6 +117,37 @@ func checkUnit(s string) error {
 	if unitOf("/"+s) != s {
 		return fmt.Errorf("%q is not a unit with processes: "+
 			"its name ends in .service, .scope, .socket, .mount or .swap", s)
+	}
+	return nil
+}
+
+var (
+	label     = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
+	subdomain = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$`)
+	prefix    = regexp.MustCompile(`^[a-z0-9][a-z0-9.-]{0,252}\*$`)
+)
+
+// checkLabel: names of namespaces and containers are RFC 1123 labels.
+func checkLabel(s string) error {
+	if !label.MatchString(s) {
+		return fmt.Errorf("%q is not a name in Kubernetes: want up to 63 of a-z, 0-9 and dashes", s)
+	}
+	return nil
+}
+
+// checkPod: names of pods are RFC 1123 subdomains.
+func (r Rule) checkPod(s string) error {
+	if !subdomain.MatchString(s) && !prefix.MatchString(s) {
+		return fmt.Errorf("%q is not a pod's name, or the beginning of one with * at its end", s)
+	}
+	return r.checkNamespaced()
+}
+
+func (r Rule) checkContainer(s string) error { return cmp.Or(checkLabel(s), r.checkNamespaced()) }
+
+func (r Rule) checkNamespaced() error {
+	if r.Namespace == "" {
+		return errors.New("give namespace as well: in another one the same name may be anybody's choice")
 	}
 	return nil
 }
@@ -168,7 +209,15 @@ func (r Rule) matches(p process) bool {
 		(r.GID == nil || *r.GID == p.GID) &&
 		(r.Exe == "" || r.Exe == p.Exe && (p.exeOnHost || r.ExeSHA256 != "")) &&
 		(r.Cgroup == "" || cgroupMatches(r.Cgroup, p.Cgroup)) &&
-		(r.Unit == "" || r.Unit == p.Unit)
+		(r.Unit == "" || r.Unit == p.Unit) &&
+		(r.Namespace == "" || r.Namespace == p.Namespace) &&
+		(r.Pod == "" || podMatches(r.Pod, p.Pod)) &&
+		(r.Container == "" || r.Container == p.Container)
+}
+
+func podMatches(pattern, pod string) bool {
+	begin, more := strings.CutSuffix(pattern, "*")
+	return pod == pattern || more && strings.HasPrefix(pod, begin)
 }
 
 func cgroupMatches(pattern, cgroup string) bool {

@@ -131,7 +131,7 @@ func digest(t *testing.T, file string) string {
 
 func static(t *testing.T, tasks Tasks, rules ...Rule) *Static {
 	t.Helper()
-	s, err := NewStatic(rules, NewProcesses(tasks))
+	s, err := NewStatic(rules, NewProcesses(tasks, "", nil))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -586,13 +586,22 @@ func TestAWrongRuleIsRefusedByTheNameOfItsField(t *testing.T) {
 		"a unit without its type": {Rule{SPIFFEID: orders, Unit: "orders"}, "unit"},
 		"a slice as unit":         {Rule{SPIFFEID: orders, Unit: "system.slice"}, "unit"},
 		"a path as unit":          {Rule{SPIFFEID: orders, Unit: "a.slice/b.service"}, "unit"},
+		"any namespace":           {Rule{SPIFFEID: orders, Namespace: "*"}, "namespace"},
+		"a namespace's beginning": {Rule{SPIFFEID: orders, Namespace: "shop*"}, "namespace"},
+		"a namespace in capitals": {Rule{SPIFFEID: orders, Namespace: "Shop"}, "namespace"},
+		"a long namespace":        {Rule{SPIFFEID: orders, Namespace: strings.Repeat("a", 64)}, "namespace"},
+		"any pod":                 {Rule{SPIFFEID: orders, Namespace: "shop", Pod: "*"}, "pod"},
+		"a star inside a pod":     {Rule{SPIFFEID: orders, Namespace: "shop", Pod: "a*b"}, "pod"},
+		"a pod of any namespace":  {Rule{SPIFFEID: orders, Pod: "orders-*"}, "pod"},
+		"a container's beginning": {Rule{SPIFFEID: orders, Namespace: "shop", Container: "app*"}, "container"},
+		"a container of any pod":  {Rule{SPIFFEID: orders, Container: "app"}, "container"},
 	} {
 		err := test.rule.Validate()
 		var field *FieldError
 		if !errors.As(err, &field) || field.Field != test.field {
 			t.Errorf("%s: %v, want an error of %s", name, err, test.field)
 		}
-		if _, err = NewStatic([]Rule{test.rule}, NewProcesses(new(procTasks))); err == nil {
+		if _, err = NewStatic([]Rule{test.rule}, NewProcesses(new(procTasks), "", nil)); err == nil {
 			t.Errorf("%s: an attestor was made of it", name)
 		}
 	}

@@ -19,6 +19,7 @@ import (
 var commands = []func() *cobra.Command{
 	newDemoCommand,
 	newDoctorCommand,
+	newHookCommand,
 	newNodeCommand,
 	newPolicyCommand,
 	newStatusCommand,

@@ -85,6 +85,9 @@ func printStatus(out io.Writer, s node.Status) error {
 	for _, n := range s.Namespaces {
 		line("namespace", "net:[%d] port %d%s", n.Inode, n.Port, map[bool]string{true: " (host)"}[n.Host])
 	}
+	if r := s.NRI; r != nil {
+		line("runtime", "%s", cmp.Or(r.Error, fmt.Sprintf("tells of %d pods", r.Pods)))
+	}
 	for _, e := range s.Exempt {
 		line("exempt", "%s, %d connects", cmp.Or(e.Unit, e.Cgroup, fmt.Sprintf("cgroup %d", e.ID)), e.Connects)
 	}

@@ -85,6 +85,11 @@ func (t *Trail) Become(s Subject) {
 		{"comm", p.Comm},
 		{"cgroup", p.Cgroup},
 		{"unit", p.Unit},
+		{"container_id", p.ContainerID},
+		{"pod_uid", p.PodUID},
+		{"pod_namespace", p.Namespace},
+		{"pod", p.Pod},
+		{"container", p.Container},
 	} {
 		if f.value != "" {
 			ctx = ctx.Str(f.key, f.value)

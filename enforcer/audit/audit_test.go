@@ -31,7 +31,8 @@ func TestALineTellsWhoAndWhat(t *testing.T) {
 	var sink writes
 	trail := New(&sink, "node-1").Trail(Subject{Connection: "c1", Cluster: "payments", Destination: "10.0.0.1:9092",
 		Identity: spiffe.Identity{ID: spiffeid.RequireFromString("spiffe://example.test/a"), Source: "static",
-			Process: spiffe.Process{PID: 7, UID: 1000, Exe: "/usr/bin/a"}}})
+			Process: spiffe.Process{PID: 7, UID: 1000, Exe: "/usr/bin/a", ContainerID: "c0ffee", PodUID: "u1",
+				Namespace: "shop", Pod: "orders-1", Container: "app"}}})
 	batches := Batches{{BaseOffset: 5, LastOffset: 6, Count: 2, Bytes: 99, ProducerID: -1, SHA256: [32]byte{0xab}}}
 	trail.Line("operation", Allow).Array("batches", &batches).Send()
 	if err := trail.Flush(); err != nil {
@@ -40,6 +41,10 @@ func TestALineTellsWhoAndWhat(t *testing.T) {
 	var line struct {
 		Level, Node, Conn, Cluster, Destination, Event, Verdict, Exe, Time string
 		SPIFFE                                                             string `json:"spiffe_id"`
+		ContainerID                                                        string `json:"container_id"`
+		PodUID                                                             string `json:"pod_uid"`
+		Namespace                                                          string `json:"pod_namespace"`
+		Pod, Container                                                     string
 		PID, UID                                                           int
 		Batches                                                            []map[string]any
 	}
@@ -47,7 +52,9 @@ func TestALineTellsWhoAndWhat(t *testing.T) {
 		t.Fatalf("%v: %s", err, sink.Bytes())
 	}
 	if line.Node != "node-1" || line.Conn != "c1" || line.SPIFFE != "spiffe://example.test/a" || line.PID != 7 ||
-		line.UID != 1000 || line.Exe != "/usr/bin/a" || line.Verdict != "allow" || line.Level != "info" || line.Time == "" {
+		line.UID != 1000 || line.Exe != "/usr/bin/a" || line.Verdict != "allow" || line.Level != "info" || line.Time == "" ||
+		line.ContainerID != "c0ffee" || line.PodUID != "u1" || line.Namespace != "shop" || line.Pod != "orders-1" ||
+		line.Container != "app" {
 		t.Errorf("the line is %s", sink.Bytes())
 	}
 	b := line.Batches[0]

@@ -282,6 +282,10 @@ type Line struct {
 	SPIFFE                                     string `json:"spiffe_id"`
 	Exe                                        string
 	ExeSHA256                                  string `json:"exe_sha256"`
+	ContainerID                                string `json:"container_id"`
+	PodUID                                     string `json:"pod_uid"`
+	Namespace                                  string `json:"pod_namespace"`
+	Pod, Container                             string
 	PID, UID                                   uint32
 	Count                                      int
 	Resources                                  []struct{ Type, Name, Operation, Verdict string }
