@@ -62,6 +62,8 @@ type InterceptConfig struct {
 	OnEnforcerDown FailMode `yaml:"on-enforcer-down"`
 	// And of those in a network namespace in which the node does not listen yet. Default: refuse.
 	OnUnenrolled FailMode `yaml:"on-unenrolled"`
+	// Drop what containers send to brokers past the hooks of sockets. Default: true.
+	Firewall bool `yaml:"firewall"`
 }
 
 // FailMode is what becomes of a broker-bound connect that cannot be enforced.
@@ -152,9 +154,10 @@ func Load(file string) (Config, error) {
 		return Config{}, fmt.Errorf("read the configuration: %w", err)
 	}
 	c := Config{
-		Node:      HostConfig{Pins: filepath.Join(BPFFS, "klamm"), Socket: "/run/klamm/klamm.sock"},
-		Intercept: InterceptConfig{Ports: []uint16{9092}, OnEnforcerDown: Refuse, OnUnenrolled: Refuse},
-		Audit:     AuditConfig{File: "-"},
+		Node: HostConfig{Pins: filepath.Join(BPFFS, "klamm"), Socket: "/run/klamm/klamm.sock"},
+		Intercept: InterceptConfig{Ports: []uint16{9092}, OnEnforcerDown: Refuse, OnUnenrolled: Refuse,
+			Firewall: true},
+		Audit: AuditConfig{File: "-"},
 		Limits: LimitsConfig{MaxFrame: 100 << 20, Memory: 512 << 20, Connections: 10_000,
 			DialTimeout: 5 * time.Second},
 		Metrics: MetricsConfig{Listen: "127.0.0.1:9464"},
@@ -262,7 +265,9 @@ func (c *InterceptConfig) UnmarshalYAML(node *yaml.Node) error {
 		checks := []check{{len(c.Ports) > 0, ports, "no port: leave the key out for 9092"}}
 		for name, mode := range map[string]FailMode{"on-enforcer-down": c.OnEnforcerDown, "on-unenrolled": c.OnUnenrolled} {
 			checks = append(checks, check{slices.Contains(failModes, string(mode)), key(node, name),
-				strict.Unknown("mode", string(mode), failModes)})
+				strict.Unknown("mode", string(mode), failModes)},
+				check{mode != Pass || !c.Firewall, key(node, name),
+					"what passes the connect of a container the firewall drops: give firewall: false too"})
 		}
 		for i, p := range c.Ports {
 			checks = append(checks,
