@@ -40,7 +40,7 @@ type firewall struct {
 
 	mu      sync.Mutex
 	skip    []uint32          // devices left out, by index
-	made    string            // what the kernel said of the tables when they were made
+	made    string            // what the kernel said of the tables when they were made; "" if that failed
 	counted map[string]uint64 // packets, as last read
 }
 
@@ -66,8 +66,8 @@ type networkPort struct {
 	Port    uint16
 }
 
-// errFirewallChanged is what Check returns when somebody else changed or removed the tables.
-var errFirewallChanged = errors.New("the firewall's tables are not as they were made")
+// errFirewallChanged is what Check returns when somebody else changed or removed the tables, or a change failed.
+var errFirewallChanged = errors.New("the firewall's tables are not as the node makes them")
 
 // openFirewall makes the tables, in one transaction and in place of what is there by their name: at no moment there are
 // none, or both. Packets that were counted stay counted. It needs CAP_NET_ADMIN, and CAP_SYS_ADMIN for setns(2). The
@@ -120,24 +120,29 @@ func (f *firewall) SetEstablished(pass bool) error {
 // Restore makes the tables anew.
 func (f *firewall) Restore() error { return f.change(func() {}) }
 
-// change makes the tables anew from what set leaves. A change that fails is undone by the kernel; the next one, or
-// Restore, makes up for it.
+// change makes the tables anew from what set leaves. When that fails the kernel keeps the old ones, and Check says so
+// until the next change, or Restore, makes up for it.
 func (f *firewall) change(set func()) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	set()
-	return f.Netns.do(func() (err error) {
-		if f.skip, err = f.devices(); err != nil {
-			return err
+	return f.Netns.do(func() error {
+		skip, err := f.devices()
+		if err == nil {
+			f.skip = skip
 		}
-		return f.apply()
+		return errors.Join(err, f.apply())
 	})
 }
 
-// Check returns errFirewallChanged when the tables are not as they were made, by somebody's "nft flush ruleset" say.
+// Check returns errFirewallChanged when the tables are not as they were to be made, by somebody's "nft flush ruleset"
+// say.
 func (f *firewall) Check() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.made == "" {
+		return errFirewallChanged
+	}
 	return f.Netns.do(func() error {
 		// Twice: a listing during somebody's transaction on other tables may have gaps.
 		now, err := f.listing()
@@ -384,6 +389,7 @@ func list(out *json.Encoder, conn *nftables.Conn, table *nftables.Table) error {
 // apply replaces the tables in one transaction. Packets dropped between reading the counters and the transaction are
 // dropped, but not counted.
 func (f *firewall) apply() error {
+	f.made = ""
 	conn, err := nftables.New()
 	if err != nil {
 		return fmt.Errorf("make the firewall: %w", err)

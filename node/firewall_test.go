@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -482,6 +483,26 @@ func TestWhatSomebodyDidToTheTablesIsSeenAndUndone(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+func TestAChangeThatFailsLeavesTheTablesAndIsSeen(t *testing.T) {
+	n := routed(t)
+	f := n.firewall(t)
+	f.Table = strings.Repeat("x", 300)
+	if err := f.SetDestinations(nil, nil); err == nil {
+		t.Fatal("a name too long for the kernel was taken")
+	}
+	f.Table = firewallName
+	if err := f.Check(); !errors.Is(err, errFirewallChanged) {
+		t.Errorf("got %v", err)
+	}
+	n.blocked(t, f)
+	if err := f.SetDestinations([]uint16{brokerPort}, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Check(); err != nil {
+		t.Error(err)
+	}
 }
 
 func TestNoPacketSlipsByWhileTheTablesAreReplaced(t *testing.T) {
