@@ -67,6 +67,8 @@ type InterceptConfig struct {
 	// The NRI socket of the container runtime, which then tells of each pod before it starts: in containerd and CRI-O
 	// /var/run/nri/nri.sock. Default: none, pods are enrolled when they first connect.
 	NRI string `yaml:"nri"`
+	// Drop what containers send to brokers past the hooks of sockets. Default: true.
+	Firewall bool `yaml:"firewall"`
 }
 
 // FailMode is what becomes of a broker-bound connect that cannot be enforced.
@@ -184,7 +186,7 @@ func Load(file string) (Config, error) {
 	c := Config{
 		Node: HostConfig{Pins: filepath.Join(BPFFS, "klamm"), Socket: "/run/klamm/klamm.sock"},
 		Intercept: InterceptConfig{Ports: []uint16{9092}, OnEnforcerDown: Refuse, OnUnenrolled: Refuse,
-			Established: EstablishedConfig{Mode: TakeOver, Rate: 50}},
+			Established: EstablishedConfig{Mode: TakeOver, Rate: 50}, Firewall: true},
 		Audit: AuditConfig{File: "-"},
 		Limits: LimitsConfig{MaxFrame: 100 << 20, Memory: 512 << 20, Connections: 10_000,
 			DialTimeout: 5 * time.Second, Drain: 30 * time.Second},
@@ -293,7 +295,9 @@ func (c *InterceptConfig) UnmarshalYAML(node *yaml.Node) error {
 		checks := []check{{len(c.Ports) > 0, ports, "no port: leave the key out for 9092"}}
 		for name, mode := range map[string]FailMode{"on-enforcer-down": c.OnEnforcerDown, "on-unenrolled": c.OnUnenrolled} {
 			checks = append(checks, check{slices.Contains(failModes, string(mode)), key(node, name),
-				strict.Unknown("mode", string(mode), failModes)})
+				strict.Unknown("mode", string(mode), failModes)},
+				check{mode != Pass || !c.Firewall, key(node, name),
+					"what passes the connect of a container the firewall drops: give firewall: false too"})
 		}
 		for i, p := range c.Ports {
 			checks = append(checks,

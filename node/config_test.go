@@ -41,7 +41,7 @@ func TestTheSmallestConfigurationHasSafeDefaults(t *testing.T) {
 	want := Config{
 		Node: HostConfig{Name: host, Pins: "/sys/fs/bpf/klamm", Socket: "/run/klamm/klamm.sock"},
 		Intercept: InterceptConfig{Ports: []uint16{9092}, OnEnforcerDown: Refuse, OnUnenrolled: Refuse,
-			Established: EstablishedConfig{Mode: TakeOver, Rate: 50}},
+			Established: EstablishedConfig{Mode: TakeOver, Rate: 50}, Firewall: true},
 		Clusters: []ClusterConfig{{Name: "payments", Bootstrap: []string{"broker-1.example:9092"}}},
 		Audit:    AuditConfig{File: "-"},
 		Limits: LimitsConfig{MaxFrame: 100 << 20, Memory: 512 << 20, Connections: 10000,
@@ -168,6 +168,8 @@ func TestWhatIsWrongIsSaidWithLineAndColumn(t *testing.T) {
 			smallest + "intercept: {ports: [1, 2, 1]}", `2:27: port 1 is given twice`},
 		"no ports": {
 			smallest + "intercept: {ports: []}", `2:20: no port: leave the key out for 9092`},
+		"a fail mode that the firewall undoes": {
+			smallest + "intercept: {on-enforcer-down: pass}", `2:31: what passes the connect of a container the firewall`},
 		"an exemption of everything": {
 			smallest + "intercept: {exempt: [{cgroup: /}]}", `2:31: the root cgroup would exempt every process`},
 		"an exemption of two things": {

@@ -101,6 +101,11 @@ func Uninstall(c Config) error {
 			return err
 		}
 	}
+	if c.Intercept.Firewall {
+		if err := RemoveFirewall(firewallTable); err != nil {
+			return err
+		}
+	}
 	if c.Node.Socket == "" {
 		return nil
 	}

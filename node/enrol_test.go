@@ -130,16 +130,7 @@ func (e *enrolling) listens(pid int) bool {
 	return false
 }
 
-func (e *enrolling) await(what string, condition func() bool) {
-	e.t.Helper()
-	for end := time.Now().Add(redirectPatience); !condition(); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			e.t.Fatalf("waited %v in vain for %s", redirectPatience, what)
-		}
-	}
-}
-
-// connector is a program that connects from a namespace: a shell would do, had every system one that can.
+// connect connects from the namespace of a process.
 func (e *enrolling) connect(pid int, to string) error {
 	e.t.Helper()
 	dir, err := os.Open(e.cgroup)
@@ -167,10 +158,10 @@ func TestANamespaceIsEnrolledBeforeItsProcessesConnect(t *testing.T) {
 	if err := e.connect(pid, "127.0.0.1:1"); err == nil || !strings.Contains(err.Error(), "refused") {
 		t.Errorf("somebody listens there: %v", err)
 	}
-	e.await("the enrolment", func() bool { return e.listens(pid) })
+	until(t, "the enrolment", func() bool { return e.listens(pid) })
 	go func() {
 		if conn, record, err := e.Accept(); err == nil {
-			e.await("a record", func() bool { return record.Destination() == netip.MustParseAddrPort("192.0.2.7:19092") })
+			until(t, "a record", func() bool { return record.Destination() == netip.MustParseAddrPort("192.0.2.7:19092") })
 			_ = conn.Close()
 		}
 	}()
@@ -190,7 +181,7 @@ func TestANamespaceIsEnrolledBeforeItsProcessesConnect(t *testing.T) {
 		t.Fatal(err)
 	}
 	end()
-	e.await("the node to leave the namespace", func() bool {
+	until(t, "the node to leave the namespace", func() bool {
 		for _, n := range e.enrolled.status() {
 			if n.Inode == s.Ino {
 				return false

@@ -41,7 +41,11 @@ func (n *Node) takeOver(ctx context.Context) {
 }
 
 func (n *Node) cutEstablished(cut bool) {
-	if err := n.redirect.programs.CutEstablished(cut); err != nil {
+	err := n.redirect.programs.CutEstablished(cut)
+	if n.wall.firewall != nil {
+		err = errors.Join(err, n.wall.SetEstablished(!cut))
+	}
+	if err != nil {
 		n.log.Error().Err(err).Bool("cut", cut).Msg("the second line treats older connections as before")
 	}
 }

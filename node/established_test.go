@@ -91,7 +91,7 @@ func TestOnlyWhatTheRedirectConcernsIsTakenOver(t *testing.T) {
 	}
 	n := stage.Start(t, broker.Addr(), stage.OrdersOnly, stage.Config{
 		"node": fmt.Sprintf("{name: node-1, cgroup: %s, pins: \"\", socket: \"\"}", cgroup),
-		"intercept": fmt.Sprintf("{ports: [%d], exempt: [{cgroup: /%s/exempt}], established: {rate: 10000}}",
+		"intercept": fmt.Sprintf("{firewall: false, ports: [%d], exempt: [{cgroup: /%s/exempt}], established: {rate: 10000}}",
 			broker.Port(), filepath.Base(cgroup))})
 	stage.Await(t, "the end of the take-over", func() bool {
 		return strings.Contains(n.Log.String(), `"destroyed":2,"exempt":2,`)

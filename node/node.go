@@ -55,6 +55,7 @@ type Node struct {
 	networks map[string][]bpf.Network // by cluster
 	kept     []uint16                 // by the node before, until all clusters are reached
 	exempted *exemptions
+	wall     wall
 
 	ids   atomic.Uint64
 	slots chan struct{}
@@ -196,6 +197,9 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 		}
 		n.clusters = append(n.clusters, cluster)
 	}
+	if err := n.raise(); err != nil {
+		return err
+	}
 	failed := make(chan error, 2)
 	if err := errors.Join(n.serveMetrics(ctx, failed), n.serveControl(ctx, failed)); err != nil {
 		return err
@@ -204,6 +208,7 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 		return err
 	}
 	n.conns.Go(func() { n.watch(ctx) })
+	n.conns.Go(func() { n.guard(ctx) })
 	if n.nri != nil {
 		n.conns.Go(func() { n.nri.run(ctx) })
 	}
@@ -254,15 +259,24 @@ func (n *Node) Close() error {
 	return errors.Join(errs...)
 }
 
-// intercept redirects what is broker-bound now. n.mu is held.
-func (n *Node) intercept() error {
-	ports := slices.Concat(n.ports, n.kept)
+// bound is what is broker-bound now. n.mu is held.
+func (n *Node) bound() (ports []uint16, networks []bpf.Network) {
+	ports = slices.Concat(n.ports, n.kept)
 	slices.Sort(ports)
-	var networks []bpf.Network
 	for _, of := range n.networks {
 		networks = append(networks, of...)
 	}
-	return n.redirect.SetDestinations(slices.Compact(ports), networks)
+	return slices.Compact(ports), networks
+}
+
+// intercept redirects it. n.mu is held.
+func (n *Node) intercept() error {
+	ports, networks := n.bound()
+	err := n.redirect.SetDestinations(ports, networks)
+	if n.wall.firewall != nil {
+		err = errors.Join(err, n.wall.SetDestinations(ports, refined(networks)))
+	}
+	return err
 }
 
 // interceptAlso adds ports that a cluster's brokers advertise.

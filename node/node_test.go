@@ -501,7 +501,7 @@ func TestABrokerOnTheSameHostConnectsDirectly(t *testing.T) {
 	}
 	n := stage.Start(t, broker.Addr(), stage.OrdersOnly, stage.Config{
 		"node": "{name: node-1, cgroup: " + cgroup + ", pins: \"\", socket: \"\"}",
-		"intercept": fmt.Sprintf("{ports: [%d], exempt: [{cgroup: %s}]}", broker.Port(),
+		"intercept": fmt.Sprintf("{firewall: false, ports: [%d], exempt: [{cgroup: %s}]}", broker.Port(),
 			strings.TrimPrefix(cgroup, root)+"/kafka"),
 	})
 	for below, direct := range map[string]bool{"kafka": true, "kafka/jvm": true, "workloads": false, ".": false} {

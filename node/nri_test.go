@@ -7,7 +7,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -21,7 +20,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"github.com/rs/zerolog"
-	"golang.org/x/sys/unix"
 
 	"klamm/spiffe"
 )
@@ -139,37 +137,6 @@ func plugin(t *testing.T, socket string, e enroller) *nri {
 	return p
 }
 
-func until(t *testing.T, what string, condition func() bool) {
-	t.Helper()
-	for end := time.After(nriPatience); !condition(); {
-		select {
-		case <-end:
-			t.Fatalf("waited %s until %s", nriPatience, what)
-		case <-time.Tick(time.Millisecond):
-		}
-	}
-}
-
-// ownNetns makes a network namespace until the test ends.
-func ownNetns(t *testing.T) *netns {
-	t.Helper()
-	made := make(chan error)
-	var ns *netns
-	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
-		err := unix.Unshare(unix.CLONE_NEWNET)
-		if err == nil {
-			ns, err = openNetns("/proc/thread-self/ns/net")
-		}
-		made <- err
-	}()
-	if err := <-made; err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { ns.Close() })
-	return ns
-}
-
 // podWith is a pod in a network namespace.
 func podWith(id, uid, name string, ns *netns) *api.PodSandbox {
 	file := fmt.Sprintf("/proc/self/fd/%d", ns.file.Fd())
@@ -179,7 +146,7 @@ func podWith(id, uid, name string, ns *netns) *api.PodSandbox {
 
 func TestAPodIsEnrolledBeforeItsContainersStart(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "nri.sock")
-	nsBefore, nsAfter := ownNetns(t), ownNetns(t)
+	nsBefore, nsAfter := newTestNetns(t), newTestNetns(t)
 	before, after := podWith("s1", "u1", "orders-1", nsBefore), podWith("s2", "u2", "orders-2", nsAfter)
 	host := &api.PodSandbox{Id: "s3", Uid: "u3", Namespace: "kube-system", Name: "agent", Pid: uint32(os.Getpid()),
 		Linux: &api.LinuxPodSandbox{Namespaces: []*api.LinuxNamespace{{Type: "mount"}}}}
@@ -223,7 +190,7 @@ func TestAPodIsEnrolledBeforeItsContainersStart(t *testing.T) {
 
 func TestWhatHasEndedIsForgotten(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "nri.sock")
-	nsOld, nsNew := ownNetns(t), ownNetns(t)
+	nsOld, nsNew := newTestNetns(t), newTestNetns(t)
 	old, restarted, other := podWith("s1", "u1", "orders-1", nsOld), podWith("s2", "u1", "orders-1", nsNew),
 		podWith("s3", "u3", "orders-3", nsNew)
 	cri := (&fakeRuntime{pods: []*api.PodSandbox{old, other}, containers: []*api.Container{
@@ -266,7 +233,7 @@ func TestWhatHasEndedIsForgotten(t *testing.T) {
 }
 
 func TestAPodThatCannotBeEnrolledStartsAllTheSame(t *testing.T) {
-	ns := ownNetns(t)
+	ns := newTestNetns(t)
 	hang := make(chan struct{})
 	defer close(hang)
 	for name, answer := range map[string]func() error{
@@ -300,7 +267,7 @@ func TestARuntimeThatComesLaterIsFound(t *testing.T) {
 	if s := p.status(); s.Connected || !strings.Contains(s.Error, "no such file") {
 		t.Errorf("without a runtime: %+v", s)
 	}
-	ns := ownNetns(t)
+	ns := newTestNetns(t)
 	there := podWith("s1", "u1", "orders-1", ns)
 	(&fakeRuntime{pods: []*api.PodSandbox{there}}).serve(t, socket)
 	until(t, "it is connected", func() bool { return p.status().Connected })
@@ -321,7 +288,7 @@ func TestALostConnectionIsMadeAnew(t *testing.T) {
 		}
 		return nil
 	}}
-	ns := ownNetns(t)
+	ns := newTestNetns(t)
 	slow := podWith("s1", "u1", "orders-1", ns)
 	cri := new(fakeRuntime).serve(t, socket)
 	p := plugin(t, socket, e)

@@ -64,7 +64,7 @@ func intercept(t *testing.T, address, socket string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return fmt.Sprintf("{ports: [%s], nri: %q}", port, socket)
+	return fmt.Sprintf("{firewall: false, ports: [%s], nri: %q}", port, socket)
 }
 
 func TestAContainerIsKnownByWhatItsRuntimeCallsIt(t *testing.T) {

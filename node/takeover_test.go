@@ -35,15 +35,7 @@ const silent = "192.0.2.99"
 // testNetns is a network namespace with the addresses that tests need.
 func testNetns(t testing.TB) *netns {
 	t.Helper()
-	n, err := makeNetns()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := n.Close(); err != nil {
-			t.Error(err)
-		}
-	})
+	n := newTestNetns(t)
 	within(t, n, func() error {
 		lo, err := netlink.LinkByName("lo")
 		if err != nil {

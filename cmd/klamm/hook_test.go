@@ -200,7 +200,7 @@ func TestTheNodeEnrolsForAHook(t *testing.T) {
 	socket := filepath.Join(dir, "klamm.sock")
 	stage.Load(t, dir, cgroup, stage.DownAddr(t), stage.OrdersOnly, stage.Config{
 		"node":      fmt.Sprintf("{cgroup: %s, pins: \"\", socket: %s}", cgroup, socket),
-		"intercept": "{ports: [19092], nri: " + socket + ".none}"})
+		"intercept": "{firewall: false, ports: [19092], nri: " + socket + ".none}"})
 	file := filepath.Join(dir, "klamm.yaml")
 	_, _, log := command(t, kafka.Place{}, "", "node", "-c", file)
 	stage.Await(t, "the node to redirect", func() bool { return strings.Contains(log.String(), "redirecting") })

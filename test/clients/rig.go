@@ -175,7 +175,7 @@ func (r *rig) startNode(ctx context.Context, mutate bool) error {
 		return err
 	}
 	config := fmt.Sprintf(`node: {name: verify-clients, cgroup: %q, pins: "", socket: ""}
-intercept: {ports: [%d]}
+intercept: {firewall: false, ports: [%d]}
 clusters:
   - {name: verify, bootstrap: [%q, %q]}
 identities:

@@ -74,7 +74,7 @@ func (o *NodeOptions) write(metrics string) (config string, err error) {
 	}
 	config = filepath.Join(o.Dir, "klamm.yaml")
 	text := fmt.Sprintf(`node: {name: node-1, cgroup: %s, pins: "", socket: ""}
-intercept: {ports: [%s]}
+intercept: {firewall: false, ports: [%s]}
 clusters: [{name: main, bootstrap: [%s]}]
 identities: [{name: workload, spiffe-id: "%s", uid: %d}]
 policies: [policy.yaml]

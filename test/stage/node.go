@@ -100,7 +100,7 @@ func Load(t testing.TB, dir, cgroup, broker, policy string, c Config) node.Confi
 	}
 	sections := Config{
 		"node":      "{name: node-1, cgroup: " + cgroup + ", pins: \"\", socket: \"\"}",
-		"intercept": "{ports: [" + port + "]}",
+		"intercept": "{firewall: false, ports: [" + port + "]}",
 		"clusters":  Clusters(broker),
 		"identities": fmt.Sprintf("[{name: orders, spiffe-id: %q, uid: %d}, {name: report, spiffe-id: %q, uid: %d}]",
 			Orders, OrdersUID, Report, ReportUID),
