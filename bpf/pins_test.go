@@ -166,7 +166,11 @@ func TestWhatIsSeveredIsPutBack(t *testing.T) {
 
 // The acceptance of an upgrade: programs are swapped under load and nothing gets through.
 func TestProgramsAreSwappedUnderLoad(t *testing.T) {
-	const swaps, connects, workers = 50, 60_000, 2
+	const workers = 2
+	swaps, connects := 50, int64(60_000)
+	if testing.Short() {
+		swaps, connects = 5, 6_000
+	}
 	enterNewNetns(t)
 	dir := pinsDir(t)
 	p := loadPinned(t, dir)
