@@ -11,7 +11,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 setup := scripts/setup
 objects := $(wildcard bpf/*_bpfel*)
 
-.PHONY: help build generate test lint demo verify-clients verify-kgo bench clean
+.PHONY: help build generate test lint demo verify-clients verify-kgo verify-interception bench clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 18
@@ -45,6 +45,10 @@ verify-clients: build ## foreign Kafka clients through the node and a real three
 verify-kgo: build ## franz-go's own integration tests, direct and through the node; needs root
 	$(setup) kafka
 	go run ./test/kgo
+
+verify-interception: build ## ways around, restarts and crashes, fail modes, pods: against real brokers; needs root
+	$(setup) kafka kcat kubernetes
+	go run ./test/interception
 
 bench: build ## direct, bare relay, hashing relay and klamm, interleaved; needs root
 	go run ./bench

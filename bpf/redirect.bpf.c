@@ -414,7 +414,7 @@ INLINE enum klamm_reason on_connect(struct bpf_sock_addr *ctx, struct klamm_conn
 	if (sk && reason != KLAMM_PASSED_STAMPED)
 		let_go(sk, is_passed(reason) && c->broker);
 	count(reason);
-	if (reason == KLAMM_REFUSED_NOT_ENROLLED || reason == KLAMM_PASSED_NOT_ENROLLED || reason > KLAMM_REDIRECTED)
+	if (reason >= KLAMM_PASSED_ENFORCER_DOWN && reason != KLAMM_REDIRECTED)
 		tell_of_process(bpf_get_netns_cookie(ctx), reason, &c->to, c->port);
 	return reason;
 }

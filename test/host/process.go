@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"os/exec"
 	"strings"
 	"syscall"
@@ -23,13 +22,10 @@ type Process struct {
 	stderr bytes.Buffer
 }
 
-// StartSelf starts the running binary again, with other arguments.
+// StartSelf starts the running binary again, with other arguments. By this link a user who may not enter the binary's
+// directory can run it.
 func StartSelf(place kafka.Place, args ...string) (*Process, error) {
-	self, err := os.Executable()
-	if err != nil {
-		return nil, err
-	}
-	return Start(place, self, args...)
+	return Start(place, "/proc/self/exe", args...)
 }
 
 // Start starts a binary.
