@@ -3,6 +3,8 @@ package bpf
 import "fmt"
 
 // counterNames names what klamm_reason of connect.h counts.
+//
+//nolint:gosec // names, and no credentials
 var counterNames = [redirectKlammReasonKLAMM_REASONS]string{
 	redirectKlammReasonKLAMM_PASSED_FOREIGN:              "passed_foreign",
 	redirectKlammReasonKLAMM_PASSED_STAMPED:              "passed_stamped",

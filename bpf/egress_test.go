@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"testing"
 	"time"
 
@@ -40,16 +41,14 @@ func ip4(protocol byte, fragment uint16, options int, payload []byte) []byte {
 	binary.BigEndian.PutUint16(b[6:], fragment)
 	b[8], b[9] = 64, protocol
 	copy(b[12:], []byte{127, 0, 0, 1, 127, 0, 0, 1})
-	return append(b, payload...)
+	return slices.Concat(b, payload)
 }
 
 // ip6 is an IPv6 packet on loopback.
 func ip6(next byte, payload ...[]byte) []byte {
-	b := make([]byte, 40)
-	b[0], b[6], b[7], b[23], b[39] = 0x60, next, 64, 1, 1
-	for _, p := range payload {
-		b = append(b, p...)
-	}
+	header := make([]byte, 40)
+	header[0], header[6], header[7], header[23], header[39] = 0x60, next, 64, 1, 1
+	b := slices.Concat(append([][]byte{header}, payload...)...)
 	binary.BigEndian.PutUint16(b[4:], uint16(len(b)-40))
 	return b
 }
@@ -224,7 +223,7 @@ func TestAServerAnswersAClientWhosePortIsABrokers(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer func() { _ = conn.Close() }()
+		t.Cleanup(func() { _ = conn.Close() })
 		served := acceptFrom(t, server)
 		if _, err := io.WriteString(served, "x"); err != nil {
 			t.Fatal(err)

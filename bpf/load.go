@@ -68,8 +68,8 @@ type Programs struct {
 	config redirectKlammConfig
 }
 
-// places are where the programs belong, in the order in which they are attached: connect comes last, so that no socket is
-// redirected before the way behind it is complete, and after egress, which must know the stamps of whom it lets go.
+// places are where the programs belong, in the order in which they are attached: connect comes after all that its
+// sockets need on their way, and after egress, which must know the stamps of whom it lets go.
 var places = []struct {
 	name      string // of the pin
 	attach    ebpf.AttachType

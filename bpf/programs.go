@@ -11,8 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Close lets go of the programs. Those that are pinned stay in force, as they are; others are detached, and from then on
-// nothing is redirected or refused.
+// Close lets go of the programs. Those that are pinned stay in force; others are detached, and from then on nothing is
+// redirected or refused.
 func (p *Programs) Close() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -134,7 +134,9 @@ type FailModes struct {
 
 // SetFailModes sets what Load has found, refusal in the beginning.
 func (p *Programs) SetFailModes(m FailModes) error {
-	return p.configure(func(c *redirectKlammConfig) { c.PassDown, c.PassUnenrolled = b2u(m.PassDown), b2u(m.PassUnenrolled) })
+	return p.configure(func(c *redirectKlammConfig) {
+		c.PassDown, c.PassUnenrolled = b2u(m.PassDown), b2u(m.PassUnenrolled)
+	})
 }
 
 // CutEstablished lets the second line stop also what was connected before the programs were attached. Without it only
@@ -182,7 +184,8 @@ func b2u(b bool) uint8 {
 // StopEvents makes Event return.
 func (p *Programs) StopEvents() error { return p.events.Close() }
 
-// Event waits for something that happened in the kernel. It is for one goroutine; after StopEvents the error is os.ErrClosed.
+// Event waits for something that happened in the kernel. It is for one goroutine; after StopEvents the error is
+// os.ErrClosed.
 func (p *Programs) Event() (Event, error) {
 	for {
 		r, err := p.events.Read()

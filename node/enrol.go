@@ -252,7 +252,7 @@ func (e *enrolments) all() (open []*netns) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for _, n := range e.known {
-		if ns, err := n.netns.dup(); err == nil { // fails for want of descriptors
+		if ns, err := n.dup(); err == nil { // fails for want of descriptors
 			open = append(open, ns)
 		}
 	}

@@ -82,7 +82,8 @@ func Replace(ctx context.Context, c Config, log zerolog.Logger) (*Node, error) {
 
 func openNode(c Config, log zerolog.Logger, manager serviceManager, before inheritance, taken func() error) (
 	_ *Node, err error) {
-	n := &Node{started: time.Now(), manager: manager, taken: taken, replaced: func() {}, more: make(chan struct{}, 1), config: c, log: log, registry: prometheus.NewRegistry(), slots: make(chan struct{}, c.Limits.Connections),
+	n := &Node{config: c, log: log, registry: prometheus.NewRegistry(), slots: make(chan struct{}, c.Limits.Connections),
+		started: time.Now(), manager: manager, taken: taken, replaced: func() {}, more: make(chan struct{}, 1),
 		ports: c.Intercept.Ports, networks: map[string][]bpf.Network{}}
 	defer func() {
 		if err != nil {

@@ -55,8 +55,8 @@ func (m serviceManager) tell(state string, files ...*os.File) error {
 	return nil
 }
 
-// rightsOf is the control message that carries the files' descriptors (unix(7), SCM_RIGHTS). Not by File.Fd: it would make
-// accept(2) block on a listener that is still in use.
+// rightsOf is the control message that carries the files' descriptors (unix(7), SCM_RIGHTS). Not by File.Fd: it would
+// make accept(2) block on a listener that is still in use.
 func rightsOf(files []*os.File) ([]byte, error) {
 	var fds []int
 	for _, f := range files {

@@ -25,9 +25,9 @@ func newStatusCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "status",
 		Short: "Tell what is intercepted on this host, and what is exempt",
-		Long: `Ask the node that runs what it intercepts: where it listens, which processes are exempt and how often they connected
-to a broker, how the clusters are, and what the kernel has counted. Where no node runs, tell what is still in force
-in the kernel, and what becomes of broker-bound connects meanwhile.
+		Long: `Ask the node that runs what it intercepts: where it listens, which processes are exempt and how often they
+connected to a broker, how the clusters are, and what the kernel has counted. Where no node runs, tell what is still in
+force in the kernel, and what becomes of broker-bound connects meanwhile.
 
 Exit codes: 0 a node runs and everything broker-bound is enforced, 1 otherwise.`,
 		Example: "  klamm status -o json | jq .namespaces",
@@ -45,10 +45,10 @@ Exit codes: 0 a node runs and everything broker-bound is enforced, 1 otherwise.`
 			return err
 		}
 		err = output.print(cmd.OutOrStdout(), status, func(out io.Writer) error { return printStatus(out, status) })
-		if err == nil && !(status.Running && status.Kernel.Attached() && status.Kernel.Up) {
-			return errFailed
+		if err != nil || status.Running && status.Kernel.Attached() && status.Kernel.Up {
+			return err
 		}
-		return err
+		return errFailed
 	}
 	return cmd
 }

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -112,8 +113,9 @@ func (s *Supervisor) Start(more ...string) error {
 	s.mu.Unlock()
 
 	// sd_listen_fds(3) wants the pid of the process itself, which is known only within it.
-	cmd := exec.Command("/bin/sh", append([]string{"-c", `LISTEN_PID=$$ exec "$@"`, "sh"}, append(s.command, more...)...)...)
-	cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+s.notify.LocalAddr().String(), fmt.Sprintf("LISTEN_FDS=%d", len(files)))
+	cmd := exec.Command("/bin/sh", slices.Concat([]string{"-c", `LISTEN_PID=$$ exec "$@"`, "sh"}, s.command, more)...)
+	cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+s.notify.LocalAddr().String(),
+		fmt.Sprintf("LISTEN_FDS=%d", len(files)))
 	cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = s.log, s.log, files
 	if err := s.place.Start(cmd); err != nil {
 		return err
@@ -123,7 +125,8 @@ func (s *Supervisor) Start(more ...string) error {
 	case <-ready:
 		return nil
 	case <-time.After(readyTimeout):
-		return errors.Join(fmt.Errorf("%s was not up after %v, see %s", cmd, readyTimeout, s.log.Name()), s.End(syscall.SIGKILL))
+		return errors.Join(fmt.Errorf("%s was not up after %v, see %s", cmd, readyTimeout, s.log.Name()),
+			s.End(syscall.SIGKILL))
 	}
 }
 

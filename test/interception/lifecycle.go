@@ -45,8 +45,8 @@ type world struct {
 	topics      int
 }
 
-// lifecycle runs a node through its restarts, crashes, upgrades, hangs and its removal, under load. The supervisor in it
-// speaks systemd's protocol; systemd itself is in make verify-kernels.
+// lifecycle runs a node through its restarts, crashes, upgrades, hangs and its removal, under load. The supervisor in
+// it speaks systemd's protocol; systemd itself is in make verify-kernels.
 func lifecycle(ctx context.Context, mutate bool, tell func(string, error)) {
 	mode := "refuse"
 	if mutate {
@@ -143,7 +143,9 @@ metrics: {listen: ""}
 `, filepath.Join(w.cgroup, "clients"), port, onEnforcerDown, w.broker(), clientUID)
 	const policy = `apiVersion: klamm/v1
 rules:
-  - {name: load, principals: ["spiffe://example.test/client"], allow: [{topic: "load-*", operations: [Read, Write, Describe]}]}
+  - name: load
+    principals: ["spiffe://example.test/client"]
+    allow: [{topic: "load-*", operations: [Read, Write, Describe]}]
 `
 	return errors.Join(os.WriteFile(w.config(), []byte(config), 0o600),
 		os.WriteFile(filepath.Join(w.dir, "policy.yaml"), []byte(policy), 0o600))
@@ -416,7 +418,8 @@ func (w *world) failsToReplace(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(bad, []byte(strings.Replace(string(good), "audit.jsonl", "gone/audit.jsonl", 1)), 0o600); err != nil {
+	wrong := strings.Replace(string(good), "audit.jsonl", "gone/audit.jsonl", 1)
+	if err := os.WriteFile(bad, []byte(wrong), 0o600); err != nil {
 		return err
 	}
 	out, err := exec.CommandContext(ctx, "bin/klamm", "node", "--replace", "-c", bad).CombinedOutput()
@@ -442,7 +445,7 @@ func (w *world) severed(ctx context.Context) error {
 	if err := until(ctx, "the program to be back", func() (bool, error) {
 		l, err := link.LoadPinnedLink(pins[0], nil)
 		if err != nil {
-			return false, nil //nolint:nilerr // its pin is being replaced
+			return false, nil // its pin is being replaced
 		}
 		defer func() { _ = l.Close() }()
 		info, err := l.Info()
@@ -592,7 +595,8 @@ func (w *world) uninstall(ctx context.Context) error {
 	if c.Unenforced == 0 || c.Enforced > 0 || len(c.Ended) > 0 {
 		return fmt.Errorf("clients do not reach the broker as if there had never been a node: %+v", c)
 	}
-	if out, code, err = w.klamm(ctx, "status"); err != nil || code != 1 || !strings.Contains(out, "nothing is intercepted") {
+	out, code, err = w.klamm(ctx, "status")
+	if err != nil || code != 1 || !strings.Contains(out, "nothing is intercepted") {
 		return fmt.Errorf("status: exit code %d, %s %w", code, out, err)
 	}
 	for _, left := range []string{"klamm.sock", "bpf/klamm"} {
