@@ -2,13 +2,12 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"net"
 	"os"
-	"slices"
 	"strings"
 	"time"
 
@@ -27,7 +26,10 @@ type connects struct {
 	Redirected        float64            `json:"redirected_us"`         // to the broker, redirected
 	Foreign           float64            `json:"foreign_us"`            // to another port, without a redirect
 	ForeignRedirected float64            `json:"foreign_redirected_us"` // to another port, in a redirected cgroup
-	Programs          map[string]float64 `json:"programs_ns"`           // eBPF program -> ns per run
+	RoundTrip         float64            `json:"round_trip_us"`         // of a byte by another port, without a redirect
+	RoundTripAttached float64            `json:"round_trip_attached_us"`
+	Enrolment         float64            `json:"enrolment_us"` // from a namespace's first socket to a redirected connect
+	Programs          map[string]float64 `json:"programs_ns"`  // eBPF program -> ns per run
 }
 
 // measureConnects compares connects in the cgroups of direct and of the bare relay, alternating; medians, in µs.
@@ -43,7 +45,10 @@ func measureConnects(ctx context.Context, all []*variant, broker string) (c conn
 			if err != nil {
 				return
 			}
-			_ = conn.Close()
+			go func() {
+				_, _ = io.Copy(conn, conn)
+				_ = conn.Close()
+			}()
 		}
 	}()
 	stats, err := ebpf.EnableStats(uint32(unix.BPF_STATS_RUN_TIME))
@@ -56,20 +61,27 @@ func measureConnects(ctx context.Context, all []*variant, broker string) (c conn
 		return c, err
 	}
 	cases := []struct {
-		into    *float64
-		variant *variant
-		addr    string
-		medians []float64
+		into       *float64
+		variant    *variant
+		role, addr string
+		medians    []float64
 	}{
-		{into: &c.Direct, variant: all[0], addr: broker},
-		{into: &c.Redirected, variant: all[1], addr: broker},
-		{into: &c.Foreign, variant: all[0], addr: l.Addr().String()},
-		{into: &c.ForeignRedirected, variant: all[1], addr: l.Addr().String()},
+		{into: &c.Direct, variant: all[0], role: "connect", addr: broker},
+		{into: &c.Redirected, variant: all[1], role: "connect", addr: broker},
+		{into: &c.Foreign, variant: all[0], role: "connect", addr: l.Addr().String()},
+		{into: &c.ForeignRedirected, variant: all[1], role: "connect", addr: l.Addr().String()},
+		{into: &c.RoundTrip, variant: all[0], role: "roundtrip", addr: l.Addr().String()},
+		{into: &c.RoundTripAttached, variant: all[1], role: "roundtrip", addr: l.Addr().String()},
+	}
+	if node := all[len(all)-1]; node.name == klammItself {
+		if err := node.client(ctx, &c.Enrolment, "enrol", "-addr", broker); err != nil {
+			return c, err
+		}
 	}
 	for range connectRounds {
 		for i := range cases {
 			var us float64
-			if err := cases[i].variant.client(ctx, &us, "connect", "-addr", cases[i].addr); err != nil {
+			if err := cases[i].variant.client(ctx, &us, cases[i].role, "-addr", cases[i].addr); err != nil {
 				return c, err
 			}
 			cases[i].medians = append(cases[i].medians, us)
@@ -93,24 +105,31 @@ func measureConnects(ctx context.Context, all []*variant, broker string) (c conn
 
 // runConnect prints the median time of a connect(2) in µs.
 func runConnect(args []string) error {
-	flags := flag.NewFlagSet("connect", flag.ContinueOnError)
-	addr := flags.String("addr", "", "IPv4 host:port")
-	if err := flags.Parse(args); err != nil {
-		return err
-	}
-	to, err := net.ResolveTCPAddr("tcp4", *addr)
+	to, err := target("connect", args)
 	if err != nil {
 		return err
 	}
-	sa := &unix.SockaddrInet4{Port: to.Port, Addr: [4]byte(to.IP.To4())}
 	times := make([]float64, connectCount)
 	for i := range times {
-		if times[i], err = connectOnce(sa); err != nil {
+		if times[i], err = connectOnce(to); err != nil {
 			return err
 		}
 	}
-	slices.Sort(times)
-	return json.NewEncoder(os.Stdout).Encode(times[len(times)/2])
+	return printMedian(times)
+}
+
+// target is the address that a role is given.
+func target(role string, args []string) (unix.Sockaddr, error) {
+	flags := flag.NewFlagSet(role, flag.ContinueOnError)
+	addr := flags.String("addr", "", "IPv4 host:port")
+	if err := flags.Parse(args); err != nil {
+		return nil, err
+	}
+	to, err := net.ResolveTCPAddr("tcp4", *addr)
+	if err != nil {
+		return nil, err
+	}
+	return &unix.SockaddrInet4{Port: to.Port, Addr: [4]byte(to.IP.To4())}, nil
 }
 
 func connectOnce(to unix.Sockaddr) (us float64, err error) {

@@ -28,7 +28,9 @@ var roles = map[string]func(args []string) error{
 	"relay":   runRelay,
 	"load":    runLoad,
 	"node":    runNode,
-	"connect": runConnect,
+	"connect":   runConnect,
+	"enrol":     runEnrol,
+	"roundtrip": runRoundTrip,
 }
 
 // settings is the command line.

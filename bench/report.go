@@ -167,8 +167,11 @@ func (c *connects) sentence() string {
 		programs = append(programs, fmt.Sprintf("%s %.0f ns", name, c.Programs[name]))
 	}
 	return fmt.Sprintf("\nconnect(2) takes %.1f µs directly and %.1f µs redirected; to a port that is no broker's "+
-		"%.1f µs, and %.1f µs where a redirect is attached. One run of an eBPF program: %s.\n",
-		c.Direct, c.Redirected, c.Foreign, c.ForeignRedirected, strings.Join(programs, ", "))
+		"%.1f µs, and %.1f µs where a redirect is attached. A byte there and back by such a connection takes %.2f µs, and "+
+		"%.2f µs where the second line looks at its packets. From the first socket of a network namespace to a redirected "+
+		"connect it takes %.0f µs. One run of an eBPF program: %s.\n",
+		c.Direct, c.Redirected, c.Foreign, c.ForeignRedirected, c.RoundTrip, c.RoundTripAttached, c.Enrolment,
+		strings.Join(programs, ", "))
 }
 
 // ratios divides what was measured in the same round.

@@ -53,7 +53,8 @@ func newEnrolments(programs *bpf.Programs, o RedirectOptions, serve func(*net.TC
 		known: map[uint64]*enrolment{}}
 }
 
-// begin takes over the listeners of a node before this one, and enrols the node's own namespace and those that are there.
+// begin takes over the listeners of a node before this one, and enrols the node's own namespace and those that are
+// there.
 func (e *enrolments) begin(before []*os.File) (err error) {
 	if e.host, err = ownCookie(); err != nil {
 		return err

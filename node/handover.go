@@ -108,7 +108,8 @@ func takeOverFrom(ctx context.Context, socket string) (_ inheritance, taken func
 	if err := conn.SetDeadline(time.Now().Add(handoverTimeout)); err != nil {
 		return i, nil, err
 	}
-	if _, err := io.WriteString(conn, "POST /v1/handover HTTP/1.1\r\nHost: klamm\r\nContent-Length: 0\r\n\r\n"); err != nil {
+	const request = "POST /v1/handover HTTP/1.1\r\nHost: klamm\r\nContent-Length: 0\r\n\r\n"
+	if _, err := io.WriteString(conn, request); err != nil {
 		return i, nil, err
 	}
 	for {

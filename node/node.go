@@ -323,7 +323,8 @@ func (n *Node) exempt(ctx context.Context) error {
 		return err
 	}
 	wanted := n.config.Intercept.Exempt
-	n.exempted = &exemptions{redirect: n.redirect, root: root, log: n.log, wanted: wanted, ids: make([]uint64, len(wanted))}
+	n.exempted = &exemptions{redirect: n.redirect, root: root, log: n.log, wanted: wanted,
+		ids: make([]uint64, len(wanted))}
 	if err := n.exempted.refresh(); err != nil {
 		return err
 	}

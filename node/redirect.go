@@ -188,8 +188,8 @@ func (r *Redirect) events() {
 }
 
 // Accept waits for the next redirected connection. A connection that has no record was not redirected: it is reset and
-// counted, never returned. The error is net.ErrClosed after Close, and none other. While nobody calls Accept there is no
-// heartbeat, and the enforcer counts as down.
+// counted, never returned. The error is net.ErrClosed after Close, and none other. While nobody calls Accept there is
+// no heartbeat, and the enforcer counts as down.
 func (r *Redirect) Accept() (net.Conn, bpf.Record, error) {
 	for {
 		select {

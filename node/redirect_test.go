@@ -344,7 +344,8 @@ func TestAcceptOutlivesAWantOfFileDescriptors(t *testing.T) {
 	restore := sync.OnceValue(func() error { return unix.Setrlimit(unix.RLIMIT_NOFILE, &limit) })
 	defer func() { _ = restore() }()
 
-	if err := unix.Connect(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}, Port: int(ownListener(r).port)}); err != nil {
+	to := &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}, Port: int(ownListener(r).port)}
+	if err := unix.Connect(fd, to); err != nil {
 		t.Fatal(err)
 	}
 	counted := func(name string) bool {

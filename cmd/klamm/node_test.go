@@ -165,7 +165,8 @@ func TestWhatStopsTheNodeIsOneClearLine(t *testing.T) {
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	cgroup := stage.NewCgroup(t)
 	good := fmt.Sprintf("node: {cgroup: %s, pins: \"\", socket: \"\"}\n"+
-		"clusters: [{name: main, bootstrap: [\"127.0.0.1:9092\"]}]\nmetrics: {listen: \"\"}\nintercept: {firewall: false}\n", cgroup)
+		"clusters: [{name: main, bootstrap: [\"127.0.0.1:9092\"]}]\n"+
+		"metrics: {listen: \"\"}\nintercept: {firewall: false}\n", cgroup)
 	for name, text := range map[string]string{
 		"good.yaml": good, "bad.yaml": "clusters: [{name: main}]\n", "audit.yaml": good + "audit: {file: gone/audit}\n",
 		"policy.yaml": good + "policies: [gone.yaml]\n",
