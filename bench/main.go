@@ -24,10 +24,10 @@ import (
 
 // roles are what this binary is started as by itself.
 var roles = map[string]func(args []string) error{
-	"broker":  runBroker,
-	"relay":   runRelay,
-	"load":    runLoad,
-	"node":    runNode,
+	"broker":    runBroker,
+	"relay":     runRelay,
+	"load":      runLoad,
+	"node":      runNode,
 	"connect":   runConnect,
 	"enrol":     runEnrol,
 	"roundtrip": runRoundTrip,

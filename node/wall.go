@@ -49,6 +49,17 @@ func (n *Node) raise() (err error) {
 	return nil
 }
 
+// CheckFirewall makes the firewall in a network namespace of its own, to see whether the kernel can.
+func CheckFirewall() (err error) {
+	ns, err := makeNetns()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, ns.Close()) }()
+	_, err = openFirewall(firewallOptions{Table: firewallTable, Netns: ns, Ports: []uint16{9092}})
+	return err
+}
+
 func refined(networks []bpf.Network) (all []networkPort) {
 	for _, n := range networks {
 		all = append(all, networkPort{n.Prefix, n.Port})

@@ -43,6 +43,11 @@ var hostChecks = []struct {
 	{"cgroup2", checkCgroup2,
 		"mount it: mount -t cgroup2 none /sys/fs/cgroup/unified (or boot with systemd.unified_cgroup_hierarchy=1)"},
 	{"bpffs", checkBPFFS, ""},
+	{"firewall", checkFirewall,
+		"use a kernel with nf_tables (CONFIG_NF_TABLES, _INET, _BRIDGE), or set intercept.firewall to false: what packet" +
+			" sockets of containers send then goes out unseen"},
+	{"older connections", checkTakeOver,
+		"use a kernel with CONFIG_INET_DIAG_DESTROY=y, or restart the clients after the node's first start"},
 	{"eBPF programs", checkPrograms,
 		"the message says what the kernel lacks, or which program of somebody else is in the way"},
 }
@@ -52,7 +57,8 @@ func newDoctorCommand() *cobra.Command {
 		Use:   "doctor",
 		Short: "Tell whether this host and its clusters are fit, and what to do if not",
 		Long: `Check privileges, the kernel's features, cgroup2, whether the eBPF programs load and attach (to an empty cgroup
-of their own, removed again), and, with -c, whether the configuration is valid and its clusters answer.
+of their own, removed again), whether the kernel takes the firewall and ends connections (in a network namespace of its
+own), and, with -c, whether the configuration is valid and its clusters answer.
 
 Exit codes: 0 all checks passed, 1 at least one failed.`,
 		Example: "  klamm doctor -c /etc/klamm/klamm.yaml",
@@ -157,6 +163,7 @@ func checkFeatures() (string, error) {
 		{"storage in sockets (5.2)", features.HaveMapType(ebpf.SkStorage)},
 		{"the network namespace's cookie in socket operations (5.15)",
 			features.HaveProgramHelper(ebpf.SockOps, asm.FnGetNetnsCookie)},
+		{"a ring buffer (5.8)", features.HaveMapType(ebpf.RingBuf)},
 		{"storage in sockets at connect(2) (5.8)", features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnSkStorageGet)},
 	} {
 		if f.err != nil {
@@ -180,6 +187,14 @@ func checkBPFFS() (string, error) {
 		return "not mounted at " + node.BPFFS + "; the node mounts it at start", nil
 	}
 	return "mounted at " + node.BPFFS, nil
+}
+
+func checkFirewall() (string, error) {
+	return "nf_tables takes the node's rules (tried in a network namespace)", node.CheckFirewall()
+}
+
+func checkTakeOver() (string, error) {
+	return "the kernel ends connections on demand (tried in a network namespace)", node.CheckTakeOver()
 }
 
 // checkPrograms loads and attaches the real programs to a cgroup that holds no process.
