@@ -35,6 +35,7 @@ type enrolments struct {
 	serve    func(*net.TCPListener)
 	log      zerolog.Logger
 	host     uint64 // cookie of the node's own
+	searched time.Time
 
 	mu     sync.Mutex // also makes one of two enrolments of the same namespace wait for the other
 	known  map[uint64]*enrolment
@@ -162,20 +163,35 @@ func (e *enrolments) adopt(files []*os.File) {
 	}
 }
 
-// noticed enrols the namespace of an event.
+// noticed enrols the namespace of an event. It is called by one goroutine.
 func (e *enrolments) noticed(event bpf.Event) {
 	err := e.enrol(netnsPath(int(event.TID)), event.NetnsCookie)
-	if err == nil {
-		return
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, errOther) {
+		err = e.search(event.NetnsCookie)
 	}
-	// The thread has ended, or moved on; another may still be there.
+	if err != nil {
+		e.log.Warn().Err(err).Str("comm", event.Comm.String()).Uint32("pid", event.TGID).
+			Msg("no listener in a network namespace; brokers are refused there")
+	}
+}
+
+// searchPause keeps those who make namespaces by the thousand from keeping the node busy.
+const searchPause = 100 * time.Millisecond
+
+// search enrols a namespace whose thread has ended, or moved on, by another that is still there. If there is none, it
+// is over, or will be noticed again.
+func (e *enrolments) search(cookie uint64) error {
+	if time.Since(e.searched) < searchPause {
+		return nil
+	}
+	e.searched = time.Now()
 	for _, pid := range namespacesOf(processesIn(e.cgroup)) {
-		if e.enrol(netnsPath(pid), event.NetnsCookie) == nil {
-			return
+		err := e.enrol(netnsPath(pid), cookie)
+		if err == nil || !errors.Is(err, os.ErrNotExist) && !errors.Is(err, errOther) {
+			return err
 		}
 	}
-	e.log.Warn().Err(err).Str("comm", event.Comm.String()).Uint32("pid", event.TGID).
-		Msg("no listener in a network namespace; brokers are refused there")
+	return nil
 }
 
 // in calls f on a thread in an enrolled namespace.

@@ -38,7 +38,10 @@ func (n *Node) handOver(w http.ResponseWriter, _ *http.Request) {
 	if !ok {
 		return
 	}
+	// Until it is decided who is in charge, what the next node changes is not put back.
+	n.handing.Store(true)
 	if err := n.giveAll(conn); err != nil {
+		n.handing.Store(false)
 		n.log.Warn().Err(err).Msg("not handed over: this node goes on")
 		return
 	}

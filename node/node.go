@@ -45,6 +45,7 @@ type Node struct {
 	manager  serviceManager
 	taken    func() error  // tells the node before this one that it may end
 	replaced func()        // ends Run: the next node has taken over
+	handing  atomic.Bool   // to the next node, at this moment
 	more     chan struct{} // more has become broker-bound
 	enforcer *enforcer.Enforcer
 	registry *prometheus.Registry

@@ -85,6 +85,9 @@ func (n *Node) guard(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
+		if n.handing.Load() {
+			continue
+		}
 		err := n.wall.Check()
 		if err == nil {
 			continue

@@ -25,6 +25,9 @@ func (n *Node) watch(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
+		if n.handing.Load() {
+			continue
+		}
 		wrong, err := n.redirect.Repair()
 		if len(wrong) > 0 {
 			what := errors.New("the eBPF programs were severed at " + strings.Join(wrong, ", "))
