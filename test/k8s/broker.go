@@ -139,7 +139,13 @@ func (w *wire) seen() (node, others int, who []netip.Addr, err error) {
 	return node, others, who, errors.Join(w.err, err)
 }
 
-func (w *wire) others() (int, error) {
-	_, others, _, err := w.seen()
-	return others, err
+// from returns how many packets came to the broker from an address.
+func (w *wire) from(source string) (int, error) {
+	address, err := netip.ParseAddr(source)
+	if err != nil {
+		return 0, err
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.packets[address], w.err
 }

@@ -56,25 +56,16 @@ func checks() []check {
 }
 
 func aPodReachesTheBroker(ctx context.Context, r *rig) error {
-	before, err := r.wire.others()
-	if err != nil {
-		return err
-	}
 	command := fmt.Sprintf("echo hello | kcat -P -b %s -t %s", r.broker(), payouts)
 	o, err := r.api.run(ctx, pod{name: "direct", command: command})
 	if err != nil {
 		return err
 	}
-	after, err := r.wire.others()
-	switch {
-	case err != nil:
-		return err
-	case o.code != 0:
-		return fmt.Errorf("it failed: %v", o)
-	case after == before:
-		return errors.New("the wire has not seen it: it does not measure")
+	packets, err := r.wire.from(o.Status.PodIP)
+	if err == nil && (o.code != 0 || packets == 0) {
+		return fmt.Errorf("%d packets came to the broker: %v", packets, o)
 	}
-	return nil
+	return err
 }
 
 // attack is what the root of a pod may try. Each has to work without klamm, or it would prove nothing.
@@ -113,19 +104,15 @@ End
 nc -w 3 {ip} ` + otherPort + ` </dev/null`},
 }
 
-// reach runs the attack and tells how many packets of pods came to the broker meanwhile.
+// reach runs the attack and tells how many packets of its pod came to the broker.
 func (a attack) reach(ctx context.Context, r *rig) (outcome, int, error) {
-	before, err := r.wire.others()
-	if err != nil {
-		return outcome{}, 0, err
-	}
 	script := strings.NewReplacer("{ip}", brokerIP, "{port}", strconv.Itoa(kafka.PlaintextPort)).Replace(a.script)
 	o, err := r.api.run(ctx, pod{name: "attack", image: attackImage, root: true, command: script})
 	if err != nil {
 		return o, 0, err
 	}
-	after, err := r.wire.others()
-	return o, after - before, err
+	packets, err := r.wire.from(o.Status.PodIP)
+	return o, packets, err
 }
 
 func (a attack) works(ctx context.Context, r *rig) error {
@@ -194,9 +181,9 @@ func olderConnectionsEnd(ctx context.Context, r *rig) error {
 		n, err := podConnections()
 		return n == 0, err
 	})
-	var others error
-	r.around, others = r.wire.others()
-	return errors.Join(err, others)
+	var lost error
+	_, r.around, _, lost = r.wire.seen()
+	return errors.Join(err, lost)
 }
 
 const refusedNotEnrolled = `klamm_kernel_total{reason="refused_not_enrolled"}`
@@ -259,7 +246,7 @@ const records = 20
 func (c client) run(ctx context.Context, r *rig, what, command, topic string, n int64) (outcome, error) {
 	command = strings.NewReplacer("{broker}", r.broker(), "{topic}", topic, "{group}", orders+"-"+c.name,
 		"{n}", strconv.FormatInt(n, 10)).Replace(command)
-	lines := fmt.Sprintf("seq -f 'record %%g of %s' %d | ", c.name, records)
+	lines := fmt.Sprintf("seq %d | sed 's/.*/record & of %s/' | ", records, c.name)
 	return r.api.run(ctx, pod{
 		name: clientPods + "-" + c.name + "-" + what, command: "(" + lines + "timeout 30 " + command + ") 2>&1",
 	})
@@ -361,11 +348,12 @@ func deletedPodsLeaveNothing(ctx context.Context, r *rig) error {
 	if err != nil {
 		return err
 	}
+	consumer := fmt.Sprintf("kcat -C -b %s -t %s", r.broker(), orders)
 	failures := make([]error, 5)
 	var all sync.WaitGroup
 	for i := range failures {
 		all.Go(func() {
-			p := pod{name: fmt.Sprintf("%s-leak-%d", clientPods, i), command: fmt.Sprintf("kcat -L -b %s; sleep 60", r.broker())}
+			p := pod{name: fmt.Sprintf("%s-leak-%d", clientPods, i), command: consumer}
 			failures[i] = r.api.start(ctx, p)
 			if failures[i] == nil {
 				_, failures[i] = r.api.awaitPod(ctx, p.name, "to run", (*podState).running)
