@@ -5,12 +5,10 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"io"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
-	"regexp"
-	"strconv"
 	"strings"
 
 	"klamm/test/kafka"
@@ -82,26 +80,20 @@ func (r *rig) startKlamm(ctx context.Context) error {
 	})
 }
 
-// metric returns the value of a metric of klamm, 0 when it has none.
-func (r *rig) metric(ctx context.Context, name string) (float64, error) {
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+metrics+"/metrics", http.NoBody)
+// status is what the checks read of klamm status.
+type status struct {
+	Namespaces []json.RawMessage `json:"namespaces"` // in which it listens
+	Counters   map[string]uint64 `json:"counters"`
+}
+
+func (r *rig) status(ctx context.Context) (status, error) {
+	var s status
+	cmd := exec.CommandContext(ctx, "bin/klamm", "status", "-o", "json", "-c", filepath.Join(r.dir, "klamm.yaml"))
+	out, err := cmd.Output()
 	if err != nil {
-		return 0, err
+		return s, fmt.Errorf("klamm status: %w\n%s", err, out)
 	}
-	answer, err := http.DefaultClient.Do(request)
-	if err != nil {
-		return 0, err
-	}
-	defer func() { _ = answer.Body.Close() }()
-	text, err := io.ReadAll(answer.Body)
-	if err != nil {
-		return 0, err
-	}
-	found := regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(name) + ` (.*)$`).FindSubmatch(text)
-	if found == nil {
-		return 0, nil
-	}
-	return strconv.ParseFloat(string(found[1]), 64)
+	return s, json.Unmarshal(out, &s)
 }
 
 // auditLine is what the checks read of a line of the audit.

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -56,18 +55,7 @@ func (r *rig) leftovers(ctx context.Context) (leftovers, error) {
 		return l, fmt.Errorf("list klamm's file descriptors: %w", err)
 	}
 	l.descriptors = len(fds)
-	l.enrolled, err = r.enrolled(ctx)
+	status, err := r.status(ctx)
+	l.enrolled = len(status.Namespaces)
 	return l, err
-}
-
-// enrolled asks klamm for the network namespaces that it listens in.
-func (r *rig) enrolled(ctx context.Context) (int, error) {
-	out, err := exec.CommandContext(ctx, "bin/klamm", "status", "-o", "json").Output()
-	if err != nil {
-		return 0, fmt.Errorf("klamm status: %w", err)
-	}
-	var status struct {
-		Namespaces []json.RawMessage `json:"namespaces"`
-	}
-	return len(status.Namespaces), json.Unmarshal(out, &status)
 }

@@ -16,6 +16,8 @@ type pod struct {
 	command string // run by its shell
 	restart string // restartPolicy; "": Never
 	root    bool   // with NET_ADMIN and NET_RAW, and loopback addresses that may be routed
+
+	hostNetwork bool // in the network namespace of the node
 }
 
 func (p pod) manifest() string {
@@ -39,10 +41,11 @@ spec:
   terminationGracePeriodSeconds: 1
   automountServiceAccountToken: false
   enableServiceLinks: false
+  hostNetwork: %t
   securityContext: %s
   containers:
   - {name: main, image: %q, imagePullPolicy: Never, command: [/bin/sh, -c, %q], securityContext: %s}
-`, p.name, namespace, restart, security, image, p.command, container)
+`, p.name, namespace, restart, p.hostNetwork, security, image, p.command, container)
 }
 
 // podState is what the checks read of a pod, as the API server tells it.
