@@ -425,7 +425,8 @@ func restartedContainerIsEnforced(ctx context.Context, r *rig) error {
 	}), r.api.remove(ctx, name))
 }
 
-// restarts ends klamm in one way and starts it again. Meanwhile the pod beat is refused, afterwards it is served.
+// restarts ends klamm in one way and starts it again. Meanwhile the pod beat is refused, and so is a pod that starts
+// then; afterwards beat is served.
 func restarts(how syscall.Signal) func(context.Context, *rig) error {
 	return func(ctx context.Context, r *rig) error {
 		if err := r.awaitBeat(ctx, "yes"); err != nil {
@@ -434,9 +435,18 @@ func restarts(how syscall.Signal) func(context.Context, *rig) error {
 		if err := r.stop("klamm", how); err != nil {
 			return err
 		}
-		err := r.awaitBeat(ctx, "no")
+		err := errors.Join(r.awaitBeat(ctx, "no"), r.newPodIsRefused(ctx))
 		return errors.Join(err, r.startKlamm(ctx), r.awaitBeat(ctx, "yes"))
 	}
+}
+
+func (r *rig) newPodIsRefused(ctx context.Context) error {
+	command := fmt.Sprintf("nc -w 5 %s %d </dev/null", brokerIP, kafka.PlaintextPort)
+	o, err := r.api.run(ctx, pod{name: clientPods + "-meanwhile", command: command})
+	if err == nil && o.code == 0 {
+		return fmt.Errorf("a pod that started without klamm was served: %v", o)
+	}
+	return err
 }
 
 // awaitBeat waits until the pod beat says, from now on, that it is served ("yes") or not ("no").
