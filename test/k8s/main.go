@@ -44,17 +44,17 @@ func outside(ctx context.Context) int {
 			err = runInside(ctx, dir)
 		}
 	}
+	if err == nil {
+		err = os.RemoveAll(dir)
+	}
 	var exit *exec.ExitError
 	switch {
 	case err == nil:
-		if err = os.RemoveAll(dir); err == nil {
-			return 0
-		}
+		return 0
 	case errors.As(err, &exit) && exit.ExitCode() == exitFailed:
 		return exitFailed
 	}
-	fmt.Fprintln(os.Stderr, "verify-k8s:", err)
-	fmt.Fprintln(os.Stderr, "logs are in", dir)
+	fmt.Fprintf(os.Stderr, "verify-k8s: %v\nlogs are in %s\n", err, dir)
 	return exitBroken
 }
 
