@@ -20,7 +20,7 @@ const (
 )
 
 const klammConfig = `node: {name: %s, cgroup: %q}
-intercept: {ports: [%d], nri: %q, firewall: %t}
+intercept: {ports: [%d], nri: /run/nri/nri.sock, firewall: %t}
 clusters: [{name: main, bootstrap: [%q]}]
 identities:
   - {name: clients, spiffe-id: "spiffe://k8s.test/client", namespace: %s, pod: "%s-*"}
@@ -47,12 +47,12 @@ const mutation = `  - name: a mistake
 
 // configureKlamm writes the node's configuration.
 func (r *rig) configureKlamm() error {
-	rules, nri, firewall := policy, "/run/nri/nri.sock", true
+	rules, firewall := policy, true
 	if os.Getenv("MUTATE") == "1" {
-		rules, nri, firewall = policy+mutation, "", false
+		rules, firewall = policy+mutation, false
 	}
-	text := fmt.Sprintf(klammConfig, nodeName, r.cgroup, kafka.PlaintextPort, nri, firewall, r.broker(), namespace,
-		clientPods, metrics)
+	text := fmt.Sprintf(klammConfig, nodeName, r.cgroup, kafka.PlaintextPort, firewall, r.broker(), namespace, clientPods,
+		metrics)
 	for file, text := range map[string]string{"klamm.yaml": text, "policy.yaml": rules} {
 		if err := os.WriteFile(filepath.Join(r.dir, file), []byte(text), 0o600); err != nil {
 			return err

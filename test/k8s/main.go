@@ -3,8 +3,8 @@
 // network namespace is. It judges at the broker's wire, at the broker, and in the audit. It needs root, bin/klamm, and
 // the root of the repository as working directory: make verify-k8s.
 //
-// Environment: MUTATE=1 makes the policy grant the topic that it must forbid, and turns NRI and the firewall off, so
-// that the run must fail.
+// Environment: MUTATE=1 makes the policy grant the topic that it must forbid, and turns the firewall off, so that the
+// run must fail.
 package main
 
 import (
