@@ -318,7 +318,7 @@ func auditNamesThePod(ctx context.Context, r *rig) error {
 	if len(lines) == 0 {
 		return fmt.Errorf("no line of the audit has the uid %s of the pod: %v", o.Metadata.UID, o)
 	}
-	want := auditLine{Pod: name, Namespace: namespace, UID: o.Metadata.UID, Container: o.containerID(),
+	want := auditLine{Pod: name, Namespace: namespace, UID: o.Metadata.UID, ID: o.containerID(), Container: "main",
 		SPIFFE: "spiffe://k8s.test/client"}
 	for _, line := range lines {
 		got := line

@@ -105,7 +105,8 @@ type auditLine struct {
 	Pod       string `json:"pod"`
 	Namespace string `json:"pod_namespace"`
 	UID       string `json:"pod_uid"`
-	Container string `json:"container_id"`
+	ID        string `json:"container_id"`
+	Container string `json:"container"`
 }
 
 // audit returns the lines of a pod, by its uid.
