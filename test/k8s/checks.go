@@ -5,9 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -65,69 +63,6 @@ func aPodReachesTheBroker(ctx context.Context, r *rig) error {
 	packets, err := r.wire.from(o.Status.PodIP)
 	if err == nil && (o.code != 0 || packets == 0) {
 		return fmt.Errorf("%d packets came to the broker: %v", packets, o)
-	}
-	return err
-}
-
-// attack is what the root of a pod may try. Each has to work without klamm, or it would prove nothing.
-type attack struct {
-	name   string
-	script string // {ip} and {port} are the broker's
-}
-
-const otherPort = "9999" // no port of a broker
-
-var attacks = []attack{
-	{"a plain connect", `nc -w 3 {ip} {port} </dev/null`},
-	{"DNAT of loopback addresses", `
-nft -f - <<End
-table ip attack {
-  chain out { type nat hook output priority -100; ip daddr 127.0.0.0/8 meta l4proto tcp dnat to {ip}:{port}; }
-  chain post { type nat hook postrouting priority 100; masquerade; }
-}
-End
-nc -w 3 127.0.0.1 {port} </dev/null; nc -w 3 {ip} {port} </dev/null`},
-	{"a raw socket", `attack raw {ip}:{port}`},
-	{"a packet socket", `attack packet {ip}:{port}`},
-	{"another port, rewritten as the packet leaves the socket", `
-nft -f - <<End
-table ip attack {
-  chain out { type filter hook output priority 0; tcp dport ` + otherPort + ` tcp dport set {port}; }
-}
-End
-nc -w 3 {ip} ` + otherPort + ` </dev/null`},
-	{"another port, rewritten as the packet leaves the device, as tc's pedit does", `
-nft -f - <<End
-table netdev attack {
-  chain out { type filter hook egress device eth0 priority 0; tcp dport ` + otherPort + ` tcp dport set {port}; }
-}
-End
-nc -w 3 {ip} ` + otherPort + ` </dev/null`},
-}
-
-// reach runs the attack and tells how many packets of its pod came to the broker.
-func (a attack) reach(ctx context.Context, r *rig) (outcome, int, error) {
-	script := strings.NewReplacer("{ip}", brokerIP, "{port}", strconv.Itoa(kafka.PlaintextPort)).Replace(a.script)
-	o, err := r.api.run(ctx, pod{name: "attack", image: attackImage, root: true, command: script})
-	if err != nil {
-		return o, 0, err
-	}
-	packets, err := r.wire.from(o.Status.PodIP)
-	return o, packets, err
-}
-
-func (a attack) works(ctx context.Context, r *rig) error {
-	o, packets, err := a.reach(ctx, r)
-	if err == nil && packets == 0 {
-		return fmt.Errorf("no packet reached the broker: %v", o)
-	}
-	return err
-}
-
-func (a attack) fails(ctx context.Context, r *rig) error {
-	o, packets, err := a.reach(ctx, r)
-	if err == nil && packets > 0 {
-		return fmt.Errorf("%d packets reached the broker: %v", packets, o)
 	}
 	return err
 }
@@ -214,95 +149,6 @@ func firstConnectsPass(ctx context.Context, r *rig) error {
 		err = fmt.Errorf("%d connects were refused in network namespaces that were not enrolled", n)
 	}
 	return errors.Join(errors.Join(failures...), err)
-}
-
-// client is one stock client. {broker}, {topic} and {group} stand for what they say.
-type client struct {
-	name    string
-	produce string // of standard input
-	consume string // of as many records as there are in {n}, in a group
-	list    string
-	denied  *regexp.Regexp // its own words for TOPIC_AUTHORIZATION_FAILED
-}
-
-var clients = []client{
-	{
-		name:    "kcat",
-		produce: "kcat -P -b {broker} -t {topic}",
-		consume: "kcat -b {broker} -X auto.offset.reset=earliest -c {n} -u -G {group} {topic}",
-		list:    "kcat -L -b {broker}",
-		denied:  regexp.MustCompile(`Topic authorization failed`),
-	}, {
-		name:    "franz-go",
-		produce: "franz-go produce {broker} {topic}",
-		consume: "franz-go consume {broker} {topic} {group} {n}",
-		list:    "franz-go list {broker}",
-		denied:  regexp.MustCompile(`TOPIC_AUTHORIZATION_FAILED`),
-	},
-}
-
-// records is how many each client produces.
-const records = 20
-
-func (c client) run(ctx context.Context, r *rig, what, command, topic string, n int64) (outcome, error) {
-	command = strings.NewReplacer("{broker}", r.broker(), "{topic}", topic, "{group}", orders+"-"+c.name,
-		"{n}", strconv.FormatInt(n, 10)).Replace(command)
-	lines := fmt.Sprintf("seq %d | sed 's/.*/record & of %s/' | ", records, c.name)
-	return r.api.run(ctx, pod{
-		name: clientPods + "-" + c.name + "-" + what, command: "(" + lines + "timeout 30 " + command + ") 2>&1",
-	})
-}
-
-func (c client) produces(ctx context.Context, r *rig) error {
-	before, err := r.end(ctx, orders)
-	if err != nil {
-		return err
-	}
-	o, err := c.run(ctx, r, "produce", c.produce, orders, 0)
-	if err != nil {
-		return err
-	}
-	after, err := r.end(ctx, orders)
-	if err == nil && (o.code != 0 || after-before != records) {
-		return fmt.Errorf("%d records are at the broker: %v", after-before, o)
-	}
-	return err
-}
-
-func (c client) consumes(ctx context.Context, r *rig) error {
-	n, err := r.end(ctx, orders)
-	if err != nil {
-		return err
-	}
-	o, err := c.run(ctx, r, "consume", c.consume, orders, n)
-	if err == nil && (o.code != 0 || !strings.Contains(o.log, fmt.Sprintf("record %d of %s\n", records, c.name))) {
-		return fmt.Errorf("it has not got all records: %v", o)
-	}
-	return err
-}
-
-func (c client) seesOnlyWhatIsPermitted(ctx context.Context, r *rig) error {
-	o, err := c.run(ctx, r, "list", c.list, "", 0)
-	if err == nil && (!strings.Contains(o.log, orders) || strings.Contains(o.log, payouts)) {
-		return fmt.Errorf("it sees other topics than %s: %v", orders, o)
-	}
-	return err
-}
-
-func (c client) isRefused(ctx context.Context, r *rig) error {
-	before, err := r.end(ctx, payouts)
-	if err != nil {
-		return err
-	}
-	o, err := c.run(ctx, r, "denied", c.produce, payouts, 0)
-	if err != nil {
-		return err
-	}
-	after, err := r.end(ctx, payouts)
-	if err == nil && (after != before || !c.denied.MatchString(o.log)) {
-		return fmt.Errorf("%d records are at the broker, and it did not say %q: %v", after-before, c.denied, o)
-	}
-	return err
 }
 
 func auditNamesThePod(ctx context.Context, r *rig) error {

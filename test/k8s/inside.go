@@ -67,23 +67,18 @@ type program struct {
 //go:embed config
 var config embed.FS
 
-func newRig(ctx context.Context, dir string) (_ *rig, err error) {
+func newRig(ctx context.Context, dir, cgroup string) (_ *rig, err error) {
 	cache, err := kafka.Cache()
 	if err != nil {
 		return nil, err
 	}
-	r := &rig{dir: dir, bin: filepath.Join(cache, "kubernetes/current"), running: map[string]*program{}}
+	r := &rig{dir: dir, cgroup: cgroup, running: map[string]*program{}}
+	r.bin = filepath.Join(cache, "kubernetes/current")
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, r.close())
 		}
 	}()
-	// Found again, not made: it is there.
-	c, err := newCgroup(filepath.Base(dir))
-	if err != nil {
-		return nil, err
-	}
-	r.cgroup = c.unified
 	for _, step := range []func() error{r.ownMounts, r.network, r.configure} {
 		if err := step(); err != nil {
 			return nil, err

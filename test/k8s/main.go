@@ -24,8 +24,8 @@ const sources = "test/k8s"
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	run := outside
-	if len(os.Args) == 3 && os.Args[1] == "inside" {
-		run = func(ctx context.Context) int { return inside(ctx, os.Args[2]) }
+	if len(os.Args) == 4 && os.Args[1] == "inside" {
+		run = func(ctx context.Context) int { return inside(ctx, os.Args[2], os.Args[3]) }
 	}
 	code := run(ctx)
 	stop()
@@ -38,7 +38,10 @@ const (
 )
 
 func outside(ctx context.Context) int {
-	dir, err := os.MkdirTemp("", "klamm-k8s-")
+	if err := sweep(); err != nil {
+		fmt.Fprintln(os.Stderr, "verify-k8s: remove what an earlier run left:", err)
+	}
+	dir, err := os.MkdirTemp("", fmt.Sprintf("%s%d-", rigs, os.Getpid()))
 	if err == nil {
 		if err = makeImages(ctx, dir); err == nil {
 			err = runInside(ctx, dir)
@@ -58,9 +61,9 @@ func outside(ctx context.Context) int {
 	return exitBroken
 }
 
-func inside(ctx context.Context, dir string) int {
+func inside(ctx context.Context, dir, cgroup string) int {
 	began := time.Now()
-	r, err := newRig(ctx, dir)
+	r, err := newRig(ctx, dir, cgroup)
 	if err == nil {
 		fmt.Printf("%6s  the node is ready\n", time.Since(began).Round(time.Second/10))
 		var failed int
