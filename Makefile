@@ -11,10 +11,10 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 setup := scripts/setup
 objects := $(wildcard bpf/*_bpfel*)
 
-.PHONY: help build generate test lint demo verify-clients verify-kgo verify-interception bench clean
+.PHONY: help build generate test lint demo verify-clients verify-kgo verify-interception verify-k8s bench clean
 
 help: ## this list
-	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 18
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 18
 
 build: ## bin/klamm, a static binary
 	$(setup) go
@@ -49,6 +49,10 @@ verify-kgo: build ## franz-go's own integration tests, direct and through the no
 verify-interception: build ## ways around, restarts and crashes, fail modes, pods: against real brokers; needs root
 	$(setup) kafka kcat kubernetes
 	go run ./test/interception
+
+verify-k8s: build ## pods of a real Kubernetes node and a real Kafka; needs root; builds Kubernetes the first time
+	$(setup) kafka kcat kubernetes
+	go run ./test/k8s
 
 bench: build ## direct, bare relay, hashing relay and klamm, interleaved; needs root
 	go run ./bench

@@ -29,7 +29,7 @@ const (
 	Previous = "3.9.2"
 )
 
-// Ports of every broker, each on the broker's own loopback address.
+// Ports of every broker, each on an address of the broker's own.
 const (
 	PlaintextPort  = 9092 // PLAINTEXT; the principal is User:ANONYMOUS
 	SASLPort       = 9093 // SASL_PLAINTEXT with PLAIN, SCRAM-SHA-256 and SCRAM-SHA-512
@@ -52,6 +52,7 @@ const (
 type Options struct {
 	Version    string            // one of the versions above; empty: Newest
 	Brokers    int               // 1 to 9; 0: 1
+	Hosts      []string          // address of each broker, of this network namespace; nil: loopback addresses
 	Users      map[string]string // name -> password, for PLAIN and SCRAM on SASLPort, beside Admin
 	Authorizer bool              // StandardAuthorizer: nothing is allowed without an ACL, but to Admin and SuperUsers
 	SuperUsers []string          // principals such as User:ANONYMOUS
@@ -121,16 +122,18 @@ func New(ctx context.Context, opts Options) (*Cluster, error) {
 func (c *Cluster) start(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
-	if err := c.claimAddresses(); err != nil {
-		return err
-	}
-	for id := 1; id <= c.opts.Brokers; id++ {
-		b := &broker{
-			id:   id,
-			host: fmt.Sprintf("127.92.%d.%d", c.block, id),
-			dir:  filepath.Join(c.dir, fmt.Sprintf("broker-%d", id)),
+	hosts := c.opts.Hosts
+	if hosts == nil {
+		if err := c.claimAddresses(); err != nil {
+			return err
 		}
-		c.brokers = append(c.brokers, b)
+		for id := 1; id <= c.opts.Brokers; id++ {
+			hosts = append(hosts, fmt.Sprintf("127.92.%d.%d", c.block, id))
+		}
+	}
+	for i, host := range hosts {
+		dir := filepath.Join(c.dir, fmt.Sprintf("broker-%d", i+1))
+		c.brokers = append(c.brokers, &broker{id: i + 1, host: host, dir: dir})
 	}
 	failures := make([]error, len(c.brokers))
 	var all sync.WaitGroup
