@@ -47,8 +47,8 @@ type attacker struct {
 	got []byte // of what the node sends or is sent
 }
 
-// report is what an attacker says at its end. It is shown, and where the attack was intercepted it says what to look for
-// in the audit; that an attack failed is never taken from it.
+// report is what an attacker says at its end. It is shown, and where the attack was intercepted it says what to look
+// for in the audit; that an attack failed is never taken from it.
 type report struct {
 	PID         int
 	Destination string

@@ -123,7 +123,7 @@ const (
 )
 
 func vectors() []vector {
-	return slices.Concat(addresses, sockets, rings, descriptors, namespaces, cgroups, listeners, packets, tricks,
+	return slices.Concat(addresses, sockets, rings, descriptors, namespaces, cgroups, listeners, packets, tricks, networks,
 		lifetimes, holes)
 }
 
@@ -305,8 +305,8 @@ func plug(t testing.TB, s *scene, path string) string {
 	return string(text)
 }
 
-// startIn starts a process in a namespace and a cgroup of the world. It is created in the cgroup, so that no socket of it
-// can predate its membership, and killed when this process ends.
+// startIn starts a process in a namespace and a cgroup of the world. It is created in the cgroup, so that no socket of
+// it can predate its membership, and killed when this process ends.
 func (w *world) startIn(n *namespace, cmd *exec.Cmd, cgroup string, attr *syscall.SysProcAttr) error {
 	dir, err := os.Open(filepath.Join(w.cgroup, cgroup))
 	if err != nil {

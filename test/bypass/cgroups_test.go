@@ -125,7 +125,8 @@ func letsPass(a *attacker) error {
 	return by(rawTCP)(a)
 }
 
-// detaches tries to take away what is attached to the world's cgroup: by link, and by program as before there were links.
+// detaches tries to take away what is attached to the world's cgroup: by link, and by program as was done before there
+// were links.
 func detaches(a *attacker) error {
 	cgroup, err := unix.Open(a.Cgroup, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {

@@ -28,7 +28,7 @@ var descriptors = []vector{
 		hole: "identity is that of the process that connected; separate users, so that sockets are not shared"},
 }
 
-// secondVariable makes this binary the second process of an attacker, with a role; its descriptor 3 is what it is given.
+// secondVariable makes this binary the second process of an attacker, with a role. Descriptor 3 is what it is given.
 const secondVariable = "KLAMM_BYPASS_SECOND"
 
 const secondFD = 3
@@ -149,8 +149,7 @@ func takesUnconnected(a *attacker) error {
 	return a.takenBy(fd, "connect what the parent has")
 }
 
-// takenBy has a child take a descriptor of ours, and do what its role says. Its pid is ours in the audit only if we have
-// connected.
+// takenBy has a child take a descriptor of ours, and do what its role says.
 func (a *attacker) takenBy(fd int, role string) error {
 	a.Descriptor = fd
 	// Who has, or had, capabilities may be looked into by those who have them only, unless it says otherwise.
@@ -225,9 +224,9 @@ func cloneAndConnect(flags uintptr, fd int, to []byte) (int, syscall.Errno) {
 	syscall.ForkLock.Lock()
 	pid, _, errno := syscall.RawSyscall6(unix.SYS_CLONE, flags|uintptr(unix.SIGCHLD), 0, 0, 0, 0, 0)
 	if pid == 0 && errno == 0 {
-		syscall.RawSyscall(unix.SYS_CONNECT, uintptr(fd), address, size)
+		_, _, _ = syscall.RawSyscall(unix.SYS_CONNECT, uintptr(fd), address, size)
 		for {
-			syscall.RawSyscall6(unix.SYS_PPOLL, 0, 0, 0, 0, 0, 0)
+			_, _, _ = syscall.RawSyscall6(unix.SYS_PPOLL, 0, 0, 0, 0, 0, 0)
 		}
 	}
 	syscall.ForkLock.Unlock()

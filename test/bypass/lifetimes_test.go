@@ -63,10 +63,8 @@ func isOlder(a *attacker) error {
 	if _, err := a.ask("start"); err != nil {
 		return err
 	}
-	for end := time.Now().Add(takeOverTime); time.Now().Before(end); pause() {
-		if err := a.speak(a.fd); err != nil {
-			return nil
-		}
+	for end := time.Now().Add(takeOverTime); a.speak(a.fd) == nil && time.Now().Before(end); {
+		pause()
 	}
 	return nil
 }

@@ -459,7 +459,8 @@ func packetRing(a *attacker) (func([]byte) error, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Bind(fd, &unix.SockaddrLinklayer{Ifindex: indexOf(a.Device), Protocol: network16(unix.ETH_P_IP)}); err != nil {
+	to := &unix.SockaddrLinklayer{Ifindex: indexOf(a.Device), Protocol: network16(unix.ETH_P_IP)}
+	if err := unix.Bind(fd, to); err != nil {
 		return nil, err
 	}
 	next := 0
@@ -532,10 +533,10 @@ func tun(a *attacker) error {
 			return err
 		},
 		receive: func() ([]byte, error) {
-			b := make([]byte, 4096)
 			if n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 50); n == 0 || err != nil {
-				return nil, nil
+				return nil, err
 			}
+			b := make([]byte, 4096)
 			n, err := unix.Read(fd, b)
 			return b[:max(n, 0)], err
 		}})
@@ -592,7 +593,7 @@ func xdp(a *attacker) (func([]byte) error, error) {
 		}
 		at := uint64(next%frames) * frameSize
 		copy(memory[at:], f)
-		slot := ring[uint64(offsets.Tx.Desc)+uint64(next%frames)*descriptorSize:]
+		slot := ring[offsets.Tx.Desc+uint64(next%frames)*descriptorSize:]
 		binary.NativeEndian.PutUint64(slot, at)
 		binary.NativeEndian.PutUint32(slot[8:], uint32(len(f)))
 		next++

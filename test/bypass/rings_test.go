@@ -21,7 +21,8 @@ var rings = []vector{
 	{name: "io_uring, IOSQE_ASYNC: by a worker thread", want: intercepted, attack: ringConnect(0, sqeAsync)},
 	{name: "io_uring, SQPOLL: by a polling kernel thread", want: intercepted, attack: ringConnect(setupSQPoll, 0)},
 	{name: "io_uring, socket and connect linked, by direct descriptors", want: intercepted, attack: ringDirect},
-	{name: "io_uring, direct connect to the node's listener", want: refused, uncontrolled: noListener, attack: ringListener},
+	{name: "io_uring, direct connect to the node's listener", want: refused, uncontrolled: noListener,
+		attack: ringListener},
 }
 
 // What of <linux/io_uring.h> is used.

@@ -25,7 +25,7 @@ var sockets = []vector{
 		attack: connects(bindAhead(unix.IPPROTO_IP, unix.IP_TRANSPARENT))},
 	{name: "SO_MARK of a proxy (0x539)", as: podRoot, want: intercepted,
 		attack: connects(option(unix.SOL_SOCKET, unix.SO_MARK, 0x539))},
-	{name: "SO_PRIORITY and IP_TOS", want: intercepted, attack: connects(option(unix.IPPROTO_IP, unix.IP_TOS, 0x10))},
+	{name: "a socket of protocol 0", want: intercepted, attack: unnamed},
 	{name: "a non-blocking connect", want: intercepted, attack: nonBlocking},
 	{name: "MPTCP over IPv4", want: intercepted, attack: mptcp(unix.AF_INET, broker4)},
 	{name: "MPTCP over IPv6", want: intercepted, attack: mptcp(unix.AF_INET6, broker6)},
@@ -102,10 +102,24 @@ func nonBlocking(a *attacker) error {
 	if err := connect(fd, a.to); err != nil && !errors.Is(err, unix.EINPROGRESS) {
 		return err
 	}
-	if _, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, int(connectTime.Milliseconds())); err != nil {
+	writable := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
+	if _, err := unix.Poll(writable, int(connectTime.Milliseconds())); err != nil {
 		return err
 	}
 	if err := unix.SetNonblock(fd, false); err != nil {
+		return err
+	}
+	return a.speak(fd)
+}
+
+// unnamed leaves the protocol to the kernel.
+func unnamed(a *attacker) error {
+	fd, err := socket(unix.AF_INET, unix.SOCK_STREAM, 0)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = unix.Close(fd) }()
+	if err := connect(fd, a.to); err != nil {
 		return err
 	}
 	return a.speak(fd)

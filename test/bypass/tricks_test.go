@@ -162,14 +162,12 @@ func dnatLoopback(a *attacker) error {
 // stateless sets the port on the way out and back on the way in.
 func stateless(hook *nftables.ChainHook) func(*attacker) error {
 	return func(a *attacker) error {
-		untracked := nftables.ChainPriorityRaw
-		out := nftables.Chain{Name: "out", Type: nftables.ChainTypeFilter, Hooknum: hook, Priority: nftables.ChainPriorityMangle}
-		raw := nftables.Chain{Name: "raw", Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookOutput, Priority: untracked}
-		in := nftables.Chain{Name: "in", Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookPrerouting, Priority: untracked}
 		err := errors.Join(
-			rules(nftables.TableFamilyINet, raw, []expr.Any{&expr.Notrack{}}),
-			rules(nftables.TableFamilyINet, in, []expr.Any{&expr.Notrack{}}, setPort(sourcePort, brokerPort, otherPort)),
-			rules(nftables.TableFamilyINet, out, setPort(destinationPort, otherPort, brokerPort)))
+			rules(nftables.TableFamilyINet, nftables.Chain{Name: "raw", Type: nftables.ChainTypeFilter,
+				Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityRaw}, []expr.Any{&expr.Notrack{}}),
+			rules(nftables.TableFamilyINet, nftables.Chain{Name: "out", Type: nftables.ChainTypeFilter,
+				Hooknum: hook, Priority: nftables.ChainPriorityMangle}, setPort(destinationPort, otherPort, brokerPort)),
+			back())
 		if err != nil {
 			return err
 		}
@@ -274,7 +272,7 @@ func setByPedit(a *attacker) error {
 
 // behind has a child in a network namespace of its own (a user may make one, in a user namespace), and forwards for it:
 // what is forwarded belongs to no socket of the pod.
-func behind(a *attacker) error {
+func behind(*attacker) error {
 	cmd := startableSecond("connect to the other port and speak")
 	cmd.SysProcAttr = userNamespace(syscall.CLONE_NEWNET)
 	if err := cmd.Start(); err != nil {

@@ -141,7 +141,8 @@ func (w *wire) since(mark int) []packet {
 	return slices.Clone(w.packets[mark:])
 }
 
-// fence sends packets, by what runs a function in a namespace, to an address until one was heard: then all that was sent before was, too.
+// fence sends packets to an address, by what runs a function in a namespace, until one was heard: then all that was
+// sent before was, too.
 func (w *wire) fence(t testing.TB, in func(func() error) error, to netip.Addr) {
 	t.Helper()
 	text := fmt.Sprintf("fence %d", fences.Add(1))
