@@ -107,6 +107,7 @@ type place int
 const (
 	inPod place = iota
 	inBridgedPod
+	onMacvlan       // in a pod with a device on the host's uplink
 	onHost          // in the namespace of the node
 	inUserNamespace // and a network namespace that it owns: root of a rootless container
 )
@@ -199,7 +200,7 @@ func (w *world) try(t *testing.T, v vector) (verdict, string) {
 	s := &scene{world: w, guarded: guarded, heard: []listening{{wire: w.wire, from: w.host, to: broker4}}}
 	w.tries++
 	o := orders{Vector: v.name, Marker: fmt.Sprintf("attack-%d-", w.tries), Cgroup: w.cgroup, outlet: hostOutlet}
-	if v.from == inPod || v.from == inBridgedPod {
+	if v.from <= onMacvlan {
 		p := w.ready[v.name]
 		if p == nil {
 			p = w.newPod(t, v)

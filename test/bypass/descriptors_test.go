@@ -58,6 +58,7 @@ func second(role string) error {
 			}
 			return a.speak(fd)
 		},
+		"keep connecting":                     func() error { return keepsConnecting(a) },
 		"connect to the other port and speak": func() error { return fromBehind(a) },
 		"connect what the parent has": func() error {
 			fd, err := take(os.Getppid(), a.Descriptor)

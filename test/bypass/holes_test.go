@@ -16,8 +16,8 @@ var holes = []vector{
 		attack: byOwnAddress,
 		hole: "CAP_NET_RAW in the host's namespace is as good as root of the host; brokers that accept only the node's" +
 			" credentials"},
-	{name: "packets of a VM, with the third line off", as: podRoot, own: true, intercept: noFirewall, want: reached,
-		attack: by(packetDgram), hole: "leave intercept.firewall on"},
+	{name: "packet sockets, with intercept.firewall off", as: podRoot, own: true, intercept: noFirewall, want: reached,
+		attack: by(packetDgram), hole: "the third line is what stops them; leave it on"},
 	{name: "a connected socket, taken from a process of the same user (pidfd_getfd, which asks for ptrace rights)",
 		want: intercepted, attack: takesConnected,
 		hole: "identity is that of the process that connected; separate users for workloads"},

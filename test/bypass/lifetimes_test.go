@@ -3,6 +3,9 @@ package bypass
 import (
 	"errors"
 	"fmt"
+	"io"
+	"net/netip"
+	"os"
 	"syscall"
 	"testing"
 	"time"
@@ -40,6 +43,11 @@ var lifetimes = []vector{
 	{name: "a connection of before the node was killed, when it is started again", own: true, want: refused,
 		before: opens, meanwhile: restarted, attack: speaks,
 		uncontrolled: "without a node nothing ends the connection"},
+	{name: "68,000 connects under way in one pod, and one in another", as: root, own: true, want: refused,
+		attack: exhausts,
+		hole: "no way around, but a way to deny: the kernel has room for 65,536 handshakes, and a pod with NET_ADMIN can" +
+			" fill it; do not give that capability",
+		help: map[string]func(testing.TB, *scene, string) string{"other": otherPod}},
 }
 
 func started(t testing.TB, s *scene) {
@@ -165,4 +173,78 @@ func untilRefused(a *attacker) error {
 		}
 	}
 	return fmt.Errorf("never refused: %w", err)
+}
+
+// Of one address and process there are not as many ports and descriptors as it takes.
+const (
+	holders     = 4
+	connectsFor = 17_000
+)
+
+// exhausts keeps so many connects of its pod's under way that the kernel would have to remember more than it has room
+// for, and connects in another pod.
+func exhausts(a *attacker) error {
+	drop := append(isTCP(), &expr.Verdict{Kind: expr.VerdictDrop})
+	err := rules(nftables.TableFamilyIPv4, nftables.Chain{Name: "input", Type: nftables.ChainTypeFilter,
+		Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPriorityFilter}, drop)
+	if err != nil {
+		return err
+	}
+	for range holders {
+		if err := a.startHolder(); err != nil {
+			return err
+		}
+	}
+	return a.enters("other")
+}
+
+// startHolder returns when all connects of a process are under way. It is of the attacker's process group, and ends with
+// it.
+func (a *attacker) startHolder() error {
+	done, theirs, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	if _, err := a.startSecond("keep connecting", theirs); err != nil {
+		return err
+	}
+	if err := theirs.Close(); err != nil {
+		return err
+	}
+	if text, err := io.ReadAll(done); err != nil || string(text) != "done" {
+		return fmt.Errorf("a process that keeps connecting ends: %w", errors.Join(errors.New(string(text)), err))
+	}
+	return nil
+}
+
+// keepsConnecting leaves connects under way until it is killed.
+func keepsConnecting(a *attacker) error {
+	pid := os.Getpid()
+	from := netip.AddrFrom4([4]byte{127, 1 + byte(pid>>16), byte(pid >> 8), byte(pid)})
+	for i := range connectsFor {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		err = errors.Join(unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1),
+			unix.Bind(fd, sockaddr(netip.AddrPortFrom(from, 0))))
+		if err != nil {
+			return err
+		}
+		err = connect(fd, a.to)
+		if errors.Is(err, unix.EINVAL) {
+			break // without a node nothing leads from loopback to the broker
+		}
+		if !errors.Is(err, unix.EINPROGRESS) {
+			return fmt.Errorf("connect %d: %w", i, err)
+		}
+	}
+	if _, err := unix.Write(secondFD, []byte("done")); err != nil {
+		return err
+	}
+	if err := unix.Close(secondFD); err != nil {
+		return err
+	}
+	_, err := unix.Poll(nil, -1)
+	return err
 }

@@ -21,10 +21,16 @@ var networks = []vector{
 	{name: "a service address of the host's, at another port, on the host", from: onHost, own: true, stage: service,
 		want: refused, attack: toService},
 	{name: "a service address of the host's, at another port, behind a bridge", from: inBridgedPod, own: true,
-		stage: service, want: refused, attack: toService},
-	{name: "VXLAN made by hand, to the host's VXLAN device", own: true, stage: vxlan, want: refused, attack: overVXLAN},
-	{name: "ARP on a bridge that says to be the broker", as: netRaw, from: inBridgedPod, own: true, want: refused,
-		uncontrolled: "it is for what the node sends", attack: poisons},
+		stage: service, want: reached, attack: toService,
+		hole: "the host's own NAT leads there, from a device that is no veth; let services have the brokers' port"},
+	{name: "VXLAN made by hand, to the host's VXLAN device", own: true, stage: vxlan, want: reached, attack: overVXLAN,
+		hole: "the host takes the frames for another host's; let no container send to the overlay's UDP port"},
+	{name: "ARP on a bridge that says to be the broker", as: netRaw, from: inBridgedPod, own: true, want: reached,
+		uncontrolled: "it is for what the node sends", attack: poisons,
+		hole: "a broker and workloads on one bridge, in plaintext, is a network that cannot be trusted"},
+	{name: "packet sockets on a macvlan device of the host's", as: netRaw, from: onMacvlan, own: true, want: reached,
+		attack: byOwnAddress,
+		hole:   "like those of a VM they do not pass the host's netfilter; containers with veth devices"},
 }
 
 // serviceAddress is one that the host translates, as kube-proxy does for a ClusterIP.
@@ -33,7 +39,9 @@ var serviceAddress = netip.MustParseAddr("10.98.7.7")
 func service(t testing.TB, s *scene) {
 	err := s.host.do(func() error {
 		to := append(hasPort(destinationPort, otherPort), translate(broker4)...)
-		return errors.Join(rules(nftables.TableFamilyIPv4, natPrerouting, to), rules(nftables.TableFamilyIPv4, natOutput, to))
+		return errors.Join(route(netip.PrefixFrom(serviceAddress, 32), broker4),
+			rules(nftables.TableFamilyIPv4, natPrerouting, to),
+			rules(nftables.TableFamilyIPv4, natOutput, to))
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -101,7 +109,7 @@ func overVXLAN(a *attacker) error {
 		}})
 }
 
-// poisons tells the host that the broker's address is here, and answers in the broker's place what the node sends to it.
+// poisons tells the host that the broker's address is here, and answers in the broker's place the node.
 func poisons(a *attacker) error {
 	a.to = at(bridged4)
 	device, err := net.InterfaceByName(a.Device)
@@ -124,11 +132,9 @@ func poisons(a *attacker) error {
 	const reply = 2
 	claim := slices.Concat(to.Addr[:6], device.HardwareAddr, []byte{8, 6, 0, 1, 8, 0, 6, 4, 0, reply},
 		device.HardwareAddr, bridged4.AsSlice(), to.Addr[:6], bridgeHost4.AsSlice())
-	if err := unix.Sendto(ear, claim, 0, to); err != nil {
-		return err
-	}
 	connected := make(chan error, 1)
-	go func() { connected <- a.plain(a.to) }()
+	begin := time.AfterFunc(arpLockTime, func() { connected <- a.plain(a.to) })
+	defer begin.Stop()
 	answer := func(p []byte) error {
 		return unix.Sendto(ear, slices.Concat(to.Addr[:6], device.HardwareAddr, []byte{8, 0}, p), 0, to)
 	}
@@ -137,6 +143,9 @@ func poisons(a *attacker) error {
 		case err := <-connected:
 			return err
 		default:
+		}
+		if err := unix.Sendto(ear, claim, 0, to); err != nil {
+			return err
 		}
 		if f, err := readPacket(ear); err != nil {
 			return err
@@ -147,6 +156,9 @@ func poisons(a *attacker) error {
 		}
 	}
 }
+
+// arpLockTime is how long Linux believes what it was told last (neigh/default/locktime), and somewhat more.
+const arpLockTime = 1200 * time.Millisecond
 
 // impersonate answers a packet of the host's to the broker.
 func (a *attacker) impersonate(packet []byte, answer func([]byte) error) error {

@@ -67,8 +67,8 @@ func toBridged(c carrier) func(*attacker) error {
 	}
 }
 
-// handmade shakes hands, sends the request and waits for an answer. The kernel of the pod would end a connection that it
-// does not know, so it is kept from that.
+// handmade shakes hands, sends the request and waits for an answer. The kernel of the pod would end a connection that
+// it does not know, so it is kept from that.
 func (a *attacker) handmade(c carrier, from netip.Addr, to netip.AddrPort) error {
 	if err := silence(); err != nil {
 		return fmt.Errorf("keep the kernel from resetting: %w", err)

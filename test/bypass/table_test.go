@@ -60,7 +60,7 @@ func tabulate(t *testing.T, outcomes []outcome) {
 }
 
 func (v vector) with() string {
-	where := map[place]string{inPod: "", inBridgedPod: ", on a bridge", onHost: ", on the host",
+	where := map[place]string{inPod: "", inBridgedPod: ", on a bridge", onMacvlan: "", onHost: ", on the host",
 		inUserNamespace: ", root of a user namespace"}[v.from]
 	return rightsNames[v.as] + where
 }

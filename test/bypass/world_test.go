@@ -131,7 +131,8 @@ func (w *world) connectBroker() error {
 	if err != nil {
 		return err
 	}
-	if err := w.host.veth("broker1", nil, "eth1", w.broker.path(), on(24, 64, bridged4, bridged6, linkLocal6)); err != nil {
+	theirs = on(24, 64, bridged4, bridged6, linkLocal6)
+	if err := w.host.veth("broker1", nil, "eth1", w.broker.path(), theirs); err != nil {
 		return err
 	}
 	if err := w.host.do(func() error { return enslave("broker1", "bridge") }); err != nil {
@@ -175,7 +176,12 @@ func (w *world) newPod(t testing.TB, v vector) *pod {
 	t.Helper()
 	p := &pod{namespace: newNamespace(t)}
 	var err error
-	if p.outlet, err = w.plug(p.path(), v.from == inBridgedPod); err != nil {
+	if v.from == onMacvlan {
+		p.outlet, err = w.plugUplink(p.namespace)
+	} else {
+		p.outlet, err = w.plug(p.path(), v.from == inBridgedPod)
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
 	return p
@@ -187,7 +193,7 @@ func (w *world) makePods(t testing.TB) {
 	t.Helper()
 	w.ready = map[string]*pod{}
 	for _, v := range vectors() {
-		if !v.own && (v.from == inPod || v.from == inBridgedPod) {
+		if !v.own && v.from <= onMacvlan {
 			w.ready[v.name] = w.newPod(t, v)
 		}
 	}
@@ -197,6 +203,29 @@ func (w *world) makePods(t testing.TB) {
 type outlet struct {
 	Device                         string
 	Own4, Own6, Gateway4, Gateway6 netip.Addr
+}
+
+// plugUplink gives a pod a device on that by which the host reaches the broker, beside the host's network.
+func (w *world) plugUplink(n *namespace) (outlet, error) {
+	o := outlet{Device: "eth0", Own4: netip.MustParseAddr("10.98.9.66"), Own6: netip.MustParseAddr("fd98:0:0:9::66"),
+		Gateway4: broker4, Gateway6: broker6}
+	there, err := os.Open(n.path())
+	if err != nil {
+		return o, err
+	}
+	defer func() { _ = there.Close() }()
+	err = w.host.do(func() error {
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name, attrs.ParentIndex, attrs.Namespace = o.Device, indexOf(hostOutlet.Device), netlink.NsFd(int(there.Fd()))
+		return netlink.LinkAdd(&netlink.Macvlan{LinkAttrs: attrs, Mode: netlink.MACVLAN_MODE_BRIDGE})
+	})
+	if err != nil {
+		return o, err
+	}
+	return o, n.do(func() error {
+		return errors.Join(address(o.Device, []netip.Prefix{netip.PrefixFrom(o.Own4, 24), netip.PrefixFrom(o.Own6, 64)}),
+			up(o.Device))
+	})
 }
 
 // hostOutlet is that of the host itself: the brokers are neighbours.
