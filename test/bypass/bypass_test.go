@@ -2,7 +2,8 @@
 // the wire, not by what the node or the attacker say. Each vector is tried twice: in a world without a node, where it
 // must reach the broker, or it proves nothing; and in one with a node, where it must be intercepted or refused.
 //
-// Environment: MUTATE=1 switches a line of defence off, so that the tests must fail.
+// Environment: MUTATE=1 switches a line of defence off, and an address rule of the binary, so that the tests must fail.
+// KLAMM_VERIFY=1 takes the binary and a real Kafka, and writes the table of results into the threat model.
 package bypass
 
 import (
@@ -41,6 +42,11 @@ func TestMain(m *testing.M) {
 	}
 	flag.Parse()
 	code := m.Run()
+	if *klammBinary != "" && os.Getenv("MUTATE") == "1" {
+		if binary, err := mutated(); err == nil {
+			_ = os.Remove(binary)
+		}
+	}
 	if b, err := theBackend(); err == nil && *realKafka {
 		if err := b.stop(); err != nil {
 			fmt.Fprintln(os.Stderr, err)

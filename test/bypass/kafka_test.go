@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"sync"
 	"testing"
 
@@ -14,7 +15,10 @@ import (
 	"klamm/test/kafka"
 )
 
-var realKafka = flag.Bool("kafka", false, "the broker is a real Kafka (scripts/setup kafka), not franz-go's kfake")
+// verify is what make verify-interception sets: a real Kafka, the binary, and the table in the document.
+var verify = os.Getenv("KLAMM_VERIFY") == "1"
+
+var realKafka = flag.Bool("kafka", verify, "the broker is a real Kafka (scripts/setup kafka), not franz-go's kfake")
 
 // backend is the one Kafka of this test binary: all brokers of all worlds.
 type backend struct {

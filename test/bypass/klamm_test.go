@@ -16,6 +16,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -26,7 +27,15 @@ import (
 	"klamm/node"
 )
 
-var klammBinary = flag.String("klamm", "", "the klamm binary that guards; the node within this test binary if empty")
+var klammBinary = flag.String("klamm", builtBinary(), "the klamm binary that guards; if empty, the node in this binary")
+
+// builtBinary is that of make build.
+func builtBinary() string {
+	if verify {
+		return "../../bin/klamm"
+	}
+	return ""
+}
 
 // nodeVariable makes this binary a node with the klamm.yaml it names, as the command klamm node does.
 const nodeVariable = "KLAMM_BYPASS_NODE"
@@ -111,6 +120,28 @@ func (w *world) guard(t testing.TB, intercept string) {
 	})
 }
 
+// theBinary guards. With MUTATE=1 it is another, with an address rule off.
+func theBinary(t testing.TB) string {
+	t.Helper()
+	binary := *klammBinary
+	if os.Getenv("MUTATE") == "1" {
+		var err error
+		if binary, err = mutated(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return binary
+}
+
+// mutated is where TestMain removes it.
+var mutated = sync.OnceValues(func() (string, error) {
+	binary := filepath.Join(os.TempDir(), fmt.Sprintf("klamm-mutated-%d", os.Getpid()))
+	if out, err := exec.Command("../../scripts/mutated-klamm", binary).CombinedOutput(); err != nil {
+		return "", fmt.Errorf("scripts/mutated-klamm: %w\n%s", err, out)
+	}
+	return binary, nil
+})
+
 // noFirewall switches the third line of defence off.
 const noFirewall = ", firewall: false"
 
@@ -125,7 +156,7 @@ func (k *klamm) start(t testing.TB) {
 	t.Helper()
 	file := filepath.Join(k.world.dir, "klamm.yaml")
 	if *klammBinary != "" {
-		k.cmd = exec.Command(*klammBinary, "node", "-c", file)
+		k.cmd = exec.Command(theBinary(t), "node", "-c", file)
 	} else {
 		k.cmd = exec.Command("/proc/self/exe")
 		k.cmd.Env = append(os.Environ(), nodeVariable+"="+file)

@@ -521,7 +521,8 @@ func tun(a *attacker) error {
 	// Behind the device is an address of the pod's network, for which the pod answers.
 	own := beside(a.Own4)
 	if err := errors.Join(address("tun0", []netip.Prefix{netip.MustParsePrefix("10.96.0.1/32")}), up("tun0"),
-		routeTo(own, "tun0"), sysctl("net/ipv4/ip_forward", "1"), sysctl("net/ipv4/conf/eth0/proxy_arp", "1")); err != nil {
+		routeTo(own, "tun0"), sysctl("net/ipv4/ip_forward", "1"), sysctl("net/ipv4/conf/eth0/proxy_arp", "1"),
+		sysctl("net/ipv4/neigh/eth0/proxy_delay", "0")); err != nil {
 		return err
 	}
 	if err := unix.SetNonblock(fd, true); err != nil {

@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-var update = flag.Bool("update", false, "write the table of results into -table")
+var update = flag.Bool("update", verify, "write the table of results into -table, if all is as it has to be")
 
 var tableFile = flag.String("table", "../../docs/threat-model.md", "the document that has the table")
 
@@ -41,7 +41,7 @@ func tabulate(t *testing.T, outcomes []outcome) {
 	fmt.Fprintf(&table, "\nLinux %s, broker: %s. %d passed, %d failed, %d not on this kernel.\n", kernel(t), brokerName(),
 		passed, failed, missing)
 	fmt.Println(table.String())
-	if !*update {
+	if !*update || failed > 0 || len(outcomes) < len(vectors()) {
 		return
 	}
 	document, err := os.ReadFile(*tableFile)
