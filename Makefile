@@ -14,7 +14,7 @@ objects := $(wildcard bpf/*_bpfel*)
 .PHONY: help build generate test lint demo verify-clients verify-kgo verify-interception verify-k8s bench clean
 
 help: ## this list
-	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 18
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 22
 
 build: ## bin/klamm, a static binary
 	$(setup) go
