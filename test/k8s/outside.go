@@ -25,6 +25,7 @@ func runInside(ctx context.Context, dir string) (err error) {
 		return err
 	}
 	cmd := exec.Command("/proc/self/exe", "inside", dir, c.unified)
+	cmd.Env = append(os.Environ(), "TMPDIR="+dir) // the broker's data goes with the rest
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWNET, Setpgid: true, Pdeathsig: syscall.SIGKILL,
