@@ -8,6 +8,8 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/signal"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -16,6 +18,7 @@ import (
 
 	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/kmsg"
+	"golang.org/x/sys/unix"
 
 	"klamm/test/stage"
 )
@@ -34,7 +37,20 @@ func beClient(args []string) int {
 	case "produce":
 		saw, err = produce(ended, args[1], args[2])
 	case "connect":
-		saw = connects(ended, args[1])
+		if len(args) > 2 {
+			err = enter(args[2])
+		}
+		if err == nil {
+			saw = connects(ended, args[1])
+		}
+	case "hosts":
+		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+		defer stop()
+		if err = hosts(ctx); errors.Is(err, errFailed) {
+			return 1
+		} else if err == nil {
+			return 0
+		}
 	default:
 		err = fmt.Errorf("unknown client %s", args[0])
 	}
@@ -43,9 +59,21 @@ func beClient(args []string) int {
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
-		return 1
+		return 2
 	}
 	return 0
+}
+
+// enter moves the calling thread, from which all connects are made, into a network namespace, and the process to the
+// clients' user.
+func enter(namespace string) error {
+	runtime.LockOSThread()
+	file, err := os.Open(namespace)
+	if err != nil {
+		return err
+	}
+	return errors.Join(unix.Setns(int(file.Fd()), unix.CLONE_NEWNET), file.Close(),
+		syscall.Setresgid(clientUID, clientUID, clientUID), syscall.Setresuid(clientUID, clientUID, clientUID))
 }
 
 // produced is what a producer saw.

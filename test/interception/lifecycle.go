@@ -124,6 +124,14 @@ func newWorld(ctx context.Context, mode string) (_ *world, err error) {
 	return w, err
 }
 
+// policy hides the topic that tells who went past the node.
+const policy = `apiVersion: klamm/v1
+rules:
+  - name: load
+    principals: ["spiffe://example.test/client"]
+    allow: [{topic: "load-*", operations: [Read, Write, Describe]}]
+`
+
 func (w *world) config() string { return filepath.Join(w.dir, "klamm.yaml") }
 func (w *world) broker() string { return w.cluster.Addrs()[0] }
 
@@ -141,12 +149,6 @@ audit: {file: audit.jsonl}
 limits: {drain: 5s}
 metrics: {listen: ""}
 `, filepath.Join(w.cgroup, "clients"), port, onEnforcerDown, w.broker(), clientUID)
-	const policy = `apiVersion: klamm/v1
-rules:
-  - name: load
-    principals: ["spiffe://example.test/client"]
-    allow: [{topic: "load-*", operations: [Read, Write, Describe]}]
-`
 	return errors.Join(os.WriteFile(w.config(), []byte(config), 0o600),
 		os.WriteFile(filepath.Join(w.dir, "policy.yaml"), []byte(policy), 0o600))
 }

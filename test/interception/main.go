@@ -31,6 +31,7 @@ var suites = []struct {
 	run  func(ctx context.Context, mutate bool, tell func(name string, err error))
 }{
 	{"lifecycle", lifecycle},
+	{"two hosts", twoHosts},
 	{"bypass", goTest("./test/bypass", "")},
 	{"older connections", goTest("./node", "Older|TakeOver|TakenOver|Taken")},
 	{"pods", program("./test/k8s")},

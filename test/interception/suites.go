@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
 )
@@ -79,33 +80,59 @@ func readEvents(events *json.Decoder, tell func(string, error)) (failed bool) {
 	}
 }
 
-// program runs a verify program of its own, which prints a line "pass  NAME" or "FAIL  NAME" for each check.
+// program builds and runs a verify program of its own.
 func program(dir string) func(context.Context, bool, func(string, error)) {
 	return func(ctx context.Context, _ bool, tell func(string, error)) {
-		cmd := exec.CommandContext(ctx, "go", "run", dir)
-		cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
-		cmd.Stderr = os.Stderr
-		out, err := cmd.StdoutPipe()
-		if err == nil {
-			err = cmd.Start()
-		}
+		bin, err := os.MkdirTemp("", "klamm-verify-")
 		if err != nil {
 			tell("it starts", err)
 			return
 		}
-		failed, said := false, ""
-		for lines := bufio.NewScanner(out); lines.Scan(); {
-			said += lines.Text() + "\n"
-			if _, name, is := strings.Cut(lines.Text(), "  pass  "); is {
-				tell(name, nil)
-			}
-			if _, name, is := strings.Cut(lines.Text(), "  FAIL  "); is {
-				failed = true
-				tell(name, errors.New("see the output of "+dir))
-			}
+		defer func() { _ = os.RemoveAll(bin) }()
+		path := filepath.Join(bin, "verify")
+		if out, err := exec.CommandContext(ctx, "go", "build", "-o", path, dir).CombinedOutput(); err != nil {
+			tell("it builds", fmt.Errorf("%w\n%s", err, out))
+			return
 		}
-		if err := cmd.Wait(); err != nil && !failed {
-			tell("it runs to its end", fmt.Errorf("%w\n%s", err, said))
+		readLines(ctx, tell, exec.CommandContext(ctx, path))
+	}
+}
+
+// readLines runs a command that prints a line "  pass  NAME" or "  FAIL  NAME" for each check, what went wrong behind it.
+func readLines(ctx context.Context, tell func(string, error), cmd *exec.Cmd) {
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.Stderr = os.Stderr
+	out, err := cmd.StdoutPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		tell("it starts", err)
+		return
+	}
+	n, failed, why := 0, "", ""
+	flush := func() {
+		if failed != "" {
+			tell(failed, errors.New(why))
 		}
+		failed, why = "", ""
+	}
+	for lines := bufio.NewScanner(out); lines.Scan(); {
+		if _, name, is := strings.Cut(lines.Text(), "  pass  "); is {
+			flush()
+			tell(name, nil)
+			n++
+		} else if _, name, is := strings.Cut(lines.Text(), "  FAIL  "); is {
+			flush()
+			failed = name
+			n++
+		} else {
+			why += lines.Text() + "\n"
+		}
+	}
+	flush()
+	var exit *exec.ExitError
+	if err := cmd.Wait(); err != nil && (n == 0 || ctx.Err() != nil || !errors.As(err, &exit) || exit.ExitCode() != 1) {
+		tell("it runs to its end", err)
 	}
 }
