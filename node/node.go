@@ -375,6 +375,10 @@ func (n *Node) serve(ctx context.Context, conn net.Conn, r bpf.Record) {
 	defer cancel()
 	broker, err := n.redirect.Dial(dialled, r)
 	if err != nil {
+		if ctx.Err() != nil {
+			refuse(audit.BrokerUnreachable, fmt.Errorf("the node ends: %w", err))
+			return
+		}
 		if err := n.redirect.Down(r); err != nil {
 			n.log.Warn().Err(err).Msg("clients see a reset instead")
 		}
