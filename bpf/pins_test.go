@@ -187,13 +187,13 @@ func TestProgramsAreSwappedUnderLoad(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = own.Close() }()
-	to := &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}, Port: brokerPort}
 	for range workers {
 		running.Go(func() {
 			runtime.LockOSThread() // ends with the goroutine
 			if err := unix.Setns(int(own.Fd()), unix.CLONE_NEWNET); err != nil {
 				failed.Add(1)
 			}
+			to := &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}, Port: brokerPort} // unix.Connect writes into it
 			for !enough.Load() {
 				if connectAndReset(to) != nil {
 					failed.Add(1)

@@ -285,6 +285,13 @@ func TestAChildHasNoPartInItsParentsIdentity(t *testing.T) {
 	if _, err = fmt.Fscanln(out, &child); err != nil {
 		t.Fatal(err)
 	}
+	for comm := ""; comm != "sleep\n"; { // until then it is a copy of the shell
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", child))
+		if err != nil {
+			t.Fatal(err)
+		}
+		comm = string(b)
+	}
 	t.Cleanup(func() {
 		if err := unix.Kill(child, unix.SIGKILL); err != nil {
 			t.Error(err)
