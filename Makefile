@@ -11,7 +11,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 setup := scripts/setup
 objects := $(wildcard bpf/*_bpfel*)
 
-.PHONY: help build generate test lint demo verify-clients verify-kgo verify-interception verify-k8s bench clean
+.PHONY: help build generate test lint demo verify-clients verify-kgo verify-interception verify-kernels verify-k8s bench clean
 
 help: ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 22
@@ -53,6 +53,10 @@ verify-interception: build ## ways around, restarts and crashes, fail modes, pod
 verify-k8s: build ## pods of a real Kubernetes node and a real Kafka; needs root; builds Kubernetes the first time
 	$(setup) kafka kcat kubernetes
 	go run ./test/k8s
+
+verify-kernels: ## other kernels booted in virtual machines, and the systemd unit in one of them; needs root
+	$(setup) go qemu kernels systemd-guest
+	go run ./test/kernels
 
 bench: build ## direct, bare relay, hashing relay and klamm, interleaved; needs root
 	go run ./bench

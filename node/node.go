@@ -91,6 +91,9 @@ func openNode(c Config, log zerolog.Logger, manager serviceManager, before inher
 			err = errors.Join(err, n.Close())
 		}
 	}()
+	if err := CheckCapabilities(); err != nil {
+		return nil, err
+	}
 	rules, err := LoadPolicy(c.Policies)
 	if err != nil {
 		return nil, err

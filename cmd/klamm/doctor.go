@@ -7,7 +7,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -36,7 +35,7 @@ var hostChecks = []struct {
 	remedy string
 }{
 	{"privileges", checkPrivileges,
-		"run as root, or with CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON, CAP_SYS_ADMIN and CAP_SYS_PTRACE"},
+		"run as root, or with CAP_SYS_ADMIN, CAP_NET_ADMIN, CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH"},
 	{"kernel type information", checkBTF,
 		"use a kernel built with CONFIG_DEBUG_INFO_BTF=y (Debian 12, Ubuntu 22.04 and later have it)"},
 	{"kernel features", checkFeatures, "use Linux 5.15 or newer, with CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF"},
@@ -113,32 +112,8 @@ func printFindings(out io.Writer, findings []finding) error {
 	return errors.Join(errs...)
 }
 
-// checkPrivileges looks at the capabilities the node uses, of capabilities(7).
 func checkPrivileges() (string, error) {
-	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var data [2]unix.CapUserData
-	if err := unix.Capget(&header, &data[0]); err != nil {
-		return "", err
-	}
-	var missing []string
-	for _, c := range []struct {
-		name string
-		bit  uint
-	}{
-		{"CAP_NET_ADMIN", unix.CAP_NET_ADMIN},
-		{"CAP_SYS_PTRACE", unix.CAP_SYS_PTRACE},
-		{"CAP_SYS_ADMIN", unix.CAP_SYS_ADMIN},
-		{"CAP_PERFMON", unix.CAP_PERFMON},
-		{"CAP_BPF", unix.CAP_BPF},
-	} {
-		if data[c.bit/32].Effective>>(c.bit%32)&1 == 0 {
-			missing = append(missing, c.name)
-		}
-	}
-	if len(missing) > 0 {
-		return "", fmt.Errorf("missing: %s", strings.Join(missing, ", "))
-	}
-	return fmt.Sprintf("uid %d has all capabilities the node uses", os.Geteuid()), nil
+	return fmt.Sprintf("uid %d has all capabilities the node uses", os.Geteuid()), node.CheckCapabilities()
 }
 
 func checkBTF() (string, error) {

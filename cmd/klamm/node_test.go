@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -40,9 +41,12 @@ func TestMain(m *testing.M) {
 const (
 	withoutBPF   = "KLAMM_TEST_WITHOUT_BPF"
 	withoutBPFFS = "KLAMM_TEST_WITHOUT_BPFFS"
+	// The number of a capability that not even root has.
+	withoutCapability = "KLAMM_TEST_WITHOUT_CAPABILITY"
 )
 
-var takings = map[string]func(){withoutBPF: forbidBPF, withoutBPFFS: hideBPFFS}
+var takings = map[string]func(){withoutBPF: forbidBPF, withoutBPFFS: hideBPFFS,
+	withoutCapability: dropCapability}
 
 // forbidBPF makes bpf(2) what it is on a kernel that was built without it.
 func forbidBPF() {
@@ -71,6 +75,20 @@ func hideBPFFS() {
 	if err != nil {
 		panic(err)
 	}
+}
+
+// dropCapability executes this program again without the capability: root has those of the bounding set after execve(2).
+func dropCapability() {
+	runtime.LockOSThread()
+	capability, err := strconv.Atoi(os.Getenv(withoutCapability))
+	if err == nil {
+		err = errors.Join(os.Unsetenv(withoutCapability),
+			unix.Prctl(unix.PR_CAPBSET_DROP, uintptr(capability), 0, 0, 0))
+	}
+	if err == nil {
+		err = unix.Exec("/proc/self/exe", os.Args, os.Environ())
+	}
+	panic(err)
 }
 
 // command is a klamm of its own process.
@@ -193,7 +211,7 @@ func TestWhatStopsTheNodeIsOneClearLine(t *testing.T) {
 		{"a bad configuration", "bad.yaml", kafka.Place{}, "", "bad.yaml:1:12: "},
 		{"a policy that is not there", "policy.yaml", kafka.Place{}, "", "reading the policy: open "},
 		{"a place for the audit that is not there", "audit.yaml", kafka.Place{}, "", "opening the audit file: open "},
-		{"missing privilege", "good.yaml", nobody, "", "run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"},
+		{"missing privilege", "good.yaml", nobody, "", "run as root"},
 		{"a kernel without eBPF", "good.yaml", kafka.Place{}, withoutBPF + "=1",
 			"load the eBPF programs: the kernel is not fit"},
 	} {
@@ -202,6 +220,25 @@ func TestWhatStopsTheNodeIsOneClearLine(t *testing.T) {
 			code, said := exitCode(t, cmd), errOut.String()
 			if code != 1 || out.String() != "" || strings.Count(said, "\n") != 1 || !strings.HasPrefix(said, "klamm: ") ||
 				!strings.Contains(said, c.want) {
+				t.Errorf("exit code %d, stdout %q, stderr\n%s", code, out, said)
+			}
+		})
+	}
+}
+
+func TestEveryCapabilityOfTheNodeIsNeededAndNamed(t *testing.T) {
+	dir, cgroup := t.TempDir(), stage.NewCgroup(t)
+	stage.Load(t, dir, cgroup, stage.DownAddr(t), stage.OrdersOnly, nil)
+	for name, capability := range map[string]int{
+		"CAP_SYS_ADMIN": unix.CAP_SYS_ADMIN, "CAP_NET_ADMIN": unix.CAP_NET_ADMIN, "CAP_SYS_PTRACE": unix.CAP_SYS_PTRACE,
+		"CAP_DAC_READ_SEARCH": unix.CAP_DAC_READ_SEARCH,
+	} {
+		t.Run(name, func(t *testing.T) {
+			cmd, out, errOut := command(t, kafka.Place{}, fmt.Sprintf("%s=%d", withoutCapability, capability),
+				"node", "-c", filepath.Join(dir, "klamm.yaml"))
+			code, said := exitCode(t, cmd), errOut.String()
+			if code != 1 || out.String() != "" || strings.Count(said, "\n") != 1 ||
+				!strings.HasPrefix(said, "klamm: not permitted: without "+name+" the node cannot ") {
 				t.Errorf("exit code %d, stdout %q, stderr\n%s", code, out, said)
 			}
 		})
