@@ -163,7 +163,7 @@ func begins(a *attacker) (err error) {
 	return nil
 }
 
-// goesOn lets the SYN go: the kernel sends it again after a second, then after two.
+// goesOn lets the SYN go: the kernel sends it again after a second, then after two, then four.
 func goesOn(a *attacker) error {
 	c, err := nftables.New()
 	if err != nil {
@@ -173,10 +173,9 @@ func goesOn(a *attacker) error {
 	if err := c.Flush(); err != nil {
 		return err
 	}
-	const again = 4000
-	n, err := unix.Poll([]unix.PollFd{{Fd: int32(a.fd), Events: unix.POLLOUT}}, again)
-	if n == 0 || err != nil {
-		return errors.Join(errors.New("not connected"), err)
+	const again = 8 * time.Second
+	if err := awaitConnected(a.fd, again); err != nil {
+		return err
 	}
 	if err := unix.SetNonblock(a.fd, false); err != nil {
 		return err
