@@ -2,9 +2,11 @@ package bypass
 
 import (
 	"bufio"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"strings"
@@ -149,8 +151,9 @@ const (
 	// patience bounds every wait of the test, so that a failure ends in a message.
 	patience = 20 * time.Second
 	warmTime = 3 * time.Second
-	// connectTime bounds a connect(2) whose packets go nowhere; answerTime the wait for what the broker says.
-	connectTime = 600 * time.Millisecond
+	// connectTime bounds a connect(2) whose packets go nowhere, with room for a second SYN; answerTime the wait for what
+	// the broker says.
+	connectTime = 1500 * time.Millisecond
 	answerTime  = 2 * time.Second
 )
 
@@ -189,17 +192,28 @@ func (a *attacker) speak(fd int) error {
 	return hear(fd)
 }
 
-// hear reads an answer.
+// hear reads an answer, all of it.
 func hear(fd int) error {
-	var head [8]byte
-	n, err := unix.Read(fd, head[:])
-	switch {
-	case err != nil:
+	head := make([]byte, 4)
+	if _, err := io.ReadFull(descriptor(fd), head); err != nil {
 		return fmt.Errorf("receive: %w", err)
-	case n == 0:
-		return errors.New("receive: the other side closed")
+	}
+	if _, err := io.CopyN(io.Discard, descriptor(fd), int64(binary.BigEndian.Uint32(head))); err != nil {
+		return fmt.Errorf("receive: %w", err)
 	}
 	return nil
+}
+
+// descriptor reads from a file descriptor.
+type descriptor int
+
+// Read implements io.Reader.
+func (d descriptor) Read(p []byte) (int, error) {
+	n, err := unix.Read(int(d), p)
+	if n == 0 && err == nil {
+		err = io.EOF
+	}
+	return max(n, 0), err
 }
 
 // socket makes one whose calls end in time.
@@ -219,6 +233,16 @@ func timeouts(fd int) error {
 
 func connect(fd int, to netip.AddrPort) error {
 	return os.NewSyscallError("connect", unix.Connect(fd, sockaddr(to)))
+}
+
+// awaitConnected waits for a connect that is under way, or is another process'.
+func awaitConnected(fd int, patience time.Duration) error {
+	for end := time.Now().Add(patience); ; pause() {
+		_, err := unix.Getpeername(fd)
+		if err == nil || time.Now().After(end) {
+			return os.NewSyscallError("not connected: getpeername", err)
+		}
+	}
 }
 
 func familyOf(to netip.AddrPort) int {

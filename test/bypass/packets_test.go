@@ -22,6 +22,8 @@ var packets = []vector{
 	{name: "raw sockets over IPv6", as: podRoot, want: refused, attack: by6(rawTCP6)},
 	{name: "raw sockets with a header of one's own over IPv6", as: podRoot, want: refused, attack: by6(rawHeader6)},
 	{name: "raw sockets on the host", as: podRoot, from: onHost, own: true, want: refused, attack: by(rawTCP)},
+	{name: "raw sockets, data from a port that is listened at", as: podRoot, want: refused, attack: rawServed},
+	{name: "raw sockets, data in a reset", as: podRoot, want: refused, attack: rawReset},
 	{name: "packet sockets, SOCK_DGRAM", as: podRoot, want: refused, attack: by(packetDgram)},
 	{name: "packet sockets, SOCK_RAW", as: podRoot, want: refused, attack: by(packetRaw)},
 	{name: "packet sockets over IPv6", as: podRoot, want: refused, attack: by6(packetDgram)},
@@ -221,6 +223,27 @@ func readPacket(fd int) ([]byte, error) {
 func rawTCP(a *attacker) (func([]byte) error, error) {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_TCP)
 	return func(p []byte) error { return unix.Sendto(fd, p[20:], 0, sockaddr(netip.AddrPortFrom(a.to.Addr(), 0))) }, err
+}
+
+// rawServed sends data as a server would to its client, who has a broker's port.
+func rawServed(a *attacker) error {
+	l, err := net.Listen("tcp4", netip.AddrPortFrom(a.Own4, handPort).String())
+	if err != nil {
+		return err
+	}
+	defer func() { _ = l.Close() }()
+	return a.rawData(tcpACK | tcpPSH)
+}
+
+func rawReset(a *attacker) error { return a.rawData(tcpRST | tcpACK) }
+
+// rawData sends the request to a broker that has no connection for it, but gets it.
+func (a *attacker) rawData(flags byte) error {
+	send, err := rawTCP(a)
+	if err != nil {
+		return err
+	}
+	return send(segment(netip.AddrPortFrom(a.Own4, handPort), a.to, 1000, 1, flags, a.frame()))
 }
 
 func rawHeader(a *attacker) (func([]byte) error, error) {

@@ -102,8 +102,7 @@ func nonBlocking(a *attacker) error {
 	if err := connect(fd, a.to); err != nil && !errors.Is(err, unix.EINPROGRESS) {
 		return err
 	}
-	writable := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
-	if _, err := unix.Poll(writable, int(connectTime.Milliseconds())); err != nil {
+	if err := awaitConnected(fd, connectTime); err != nil {
 		return err
 	}
 	if err := unix.SetNonblock(fd, false); err != nil {

@@ -187,8 +187,8 @@ func (w *world) newPod(t testing.TB, v vector) *pod {
 	return p
 }
 
-// makePods makes those of all vectors that have no world of their own. At once: the kernel takes up to a second until it
-// uses the IPv6 addresses of a device that has come up, but the same second for all.
+// makePods makes those of all vectors that have no world of their own. At once: the kernel takes up to a second until
+// it uses the IPv6 addresses of a device that has come up, but the same second for all.
 func (w *world) makePods(t testing.TB) {
 	t.Helper()
 	w.ready = map[string]*pod{}
