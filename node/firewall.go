@@ -29,17 +29,18 @@ import (
 //
 //	bridge prerouting  of frames that a bridge gets from a veth, before it looks at VLANs or addresses
 //	inet prerouting    of routed packets, behind the reassembly of conntrack and before any NAT
-//	inet forward/input the same behind the host's NAT: a service address whose port is not a broker's
+//	inet forward/input the same behind the host's NAT: a service address whose port is not a broker's. Here also what
+//	                   comes from a bridge, if its destination was translated
 //
 // Not seen are: containers with another device than a veth (macvlan, ipvlan, a virtual machine's tap); packets that a
 // program at the host's end redirects before netfilter (Cilium's host routing); devices on top of the host's end (vlan,
-// macvlan); tunnels, which the host or another one opens; and behind a bridge or with IPVS, a service whose port is not
-// a broker's.
+// macvlan); tunnels that another host opens, or this one without a device of its own; and behind IPVS, a service whose
+// port is not a broker's. An exempt container behind a bridge reaches brokers by their own port only.
 type firewall struct {
 	firewallOptions
 
-	mu      sync.Mutex
-	skip    []uint32          // devices left out, by index
+	mu sync.Mutex
+	hostLinks
 	made    string            // what the kernel said of the tables when they were made; "" if that failed
 	counted map[string]uint64 // packets, as last read
 }
@@ -127,9 +128,9 @@ func (f *firewall) change(set func()) error {
 	defer f.mu.Unlock()
 	set()
 	return f.Netns.do(func() error {
-		skip, err := f.devices()
+		links, err := f.devices()
 		if err == nil {
-			f.skip = skip
+			f.hostLinks = links
 		}
 		return errors.Join(err, f.apply())
 	})
@@ -246,58 +247,81 @@ func (f *firewall) refresh() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.Netns.do(func() error {
-		skip, err := f.devices()
-		if err != nil || slices.Equal(skip, f.skip) {
+		links, err := f.devices()
+		if err != nil || links.equal(f.hostLinks) {
 			return err
 		}
-		f.skip = skip
+		f.hostLinks = links
 		return f.apply()
 	})
 }
 
-// devices are the veths whose packets pass, by index, in order. Nothing that a container can do to its own end makes
+// hostLinks is what the firewall takes from the devices of the host.
+type hostLinks struct {
+	skip     []uint32 // devices whose packets pass, by index, in order
+	overlays []uint16 // UDP ports at which the host takes packets out of tunnels, in order
+	bridged  bool     // there is a bridge that is no uplink
+}
+
+func (l hostLinks) equal(o hostLinks) bool {
+	return slices.Equal(l.skip, o.skip) && slices.Equal(l.overlays, o.overlays) && l.bridged == o.bridged
+}
+
+// devices looks at the host's devices. Those whose packets pass are veths and uplinks. Nothing that a container can do to its own end makes
 // one of them:
 //   - the other end is in an exempt namespace,
 //   - the other end is in the host's namespace too, and both are up: a pair between two bridges. One that is down may
 //     be about to be moved into a container, and is taken down by the move;
 //   - the host's default route leads there, for a host that is a container itself. Routes that a router advertisement
 //     made do not count, because a container can send one.
-func (f *firewall) devices() ([]uint32, error) {
+func (f *firewall) devices() (found hostLinks, err error) {
 	links, err := netlink.LinkList()
 	if err != nil {
-		return nil, fmt.Errorf("list network devices: %w", err)
+		return found, fmt.Errorf("list network devices: %w", err)
 	}
 	// After the links were listed: that gave each peer's namespace an id. No other namespace gets it, these are open.
 	exempt := map[int]bool{}
 	for _, n := range f.Exempt {
 		id, err := netlink.GetNetNsIdByFd(int(n.file.Fd()))
 		if err != nil {
-			return nil, fmt.Errorf("find the id of exempt network namespace %d: %w", n.inode, err)
+			return found, fmt.Errorf("find the id of exempt network namespace %d: %w", n.inode, err)
 		}
 		exempt[id] = true
 	}
 	uplinks, err := uplinks()
 	if err != nil {
-		return nil, err
+		return found, err
 	}
 	veths := map[int]*netlink.LinkAttrs{}
 	for _, l := range links {
-		if l.Type() == "veth" {
-			veths[l.Attrs().Index] = l.Attrs()
+		switch l := l.(type) {
+		case *netlink.Veth:
+			veths[l.Index] = l.Attrs()
+		case *netlink.Bridge:
+			found.bridged = found.bridged || !uplinks[l.Index]
+		case *netlink.Vxlan:
+			found.overlays = append(found.overlays, uint16(l.Port))
+		case *netlink.Geneve:
+			found.overlays = append(found.overlays, l.Dport)
 		}
 	}
-	skip := []uint32{}
+	for index := range uplinks { // also a bridge that the host's own uplink is in
+		found.skip = append(found.skip, uint32(index))
+	}
 	for index, veth := range veths {
 		inside := false
 		if peer := veths[veth.ParentIndex]; peer != nil && veth.NetNsID < 0 && peer.NetNsID < 0 {
 			inside = peer.ParentIndex == index && veth.RawFlags&peer.RawFlags&unix.IFF_UP != 0
 		}
 		if inside || uplinks[index] || veth.NetNsID >= 0 && exempt[veth.NetNsID] {
-			skip = append(skip, uint32(index))
+			found.skip = append(found.skip, uint32(index))
 		}
 	}
-	slices.Sort(skip)
-	return skip, nil
+	slices.Sort(found.skip)
+	found.skip = slices.Compact(found.skip)
+	slices.Sort(found.overlays)
+	found.overlays = slices.Compact(found.overlays)
+	return found, nil
 }
 
 // uplinks are the devices of the default routes, by index.

@@ -18,9 +18,10 @@ const (
 	dropSegment    = "segment"    // any other
 	dropFragment   = "fragment"
 	dropVLAN       = "vlan"
+	dropOverlay    = "overlay" // for the host's end of a tunnel, as if it came from another host
 )
 
-var dropReasons = []string{dropConnection, dropSegment, dropFragment, dropVLAN}
+var dropReasons = []string{dropConnection, dropSegment, dropFragment, dropVLAN, dropOverlay}
 
 // family is one of the two tables.
 type family struct {
@@ -33,17 +34,19 @@ type hook struct {
 	name     string
 	hook     *nftables.ChainHook
 	priority *nftables.ChainPriority
+	// translated hooks are behind the host's NAT.
+	translated bool
 }
 
 // firewallFamilies: see firewall for where packets pass.
 var firewallFamilies = []family{
 	{nftables.TableFamilyBridge, tagged, []hook{
-		{"prerouting", nftables.ChainHookPrerouting, nftables.ChainPriorityFirst},
+		{"prerouting", nftables.ChainHookPrerouting, nftables.ChainPriorityFirst, false},
 	}},
 	{nftables.TableFamilyINet, nil, []hook{
-		{"prerouting", nftables.ChainHookPrerouting, nftables.ChainPriorityRaw},
-		{"input", nftables.ChainHookInput, nftables.ChainPriorityFirst},
-		{"forward", nftables.ChainHookForward, nftables.ChainPriorityFirst},
+		{"prerouting", nftables.ChainHookPrerouting, nftables.ChainPriorityRaw, false},
+		{"input", nftables.ChainHookInput, nftables.ChainPriorityFirst, true},
+		{"forward", nftables.ChainHookForward, nftables.ChainPriorityFirst, true},
 	}},
 }
 
@@ -66,12 +69,18 @@ func (f *firewall) build(conn *nftables.Conn, family family) error {
 			return err
 		}
 	}
-	chains := map[string][][]expr.Any{"container": slices.Concat(family.frames, fromContainer),
-		"destination": toBroker, "refused": f.refused()}
+	container := slices.Concat(family.frames, fromContainer)
+	if len(f.overlays) > 0 {
+		container = append(container, toOverlay)
+	}
+	chains := map[string][][]expr.Any{"container": container, "destination": toBroker, "refused": f.refused()}
 	for _, h := range family.hooks {
 		conn.AddChain(&nftables.Chain{Name: h.name, Table: table, Type: nftables.ChainTypeFilter, Hooknum: h.hook,
 			Priority: h.priority})
 		chains[h.name] = [][]expr.Any{fromVeth}
+		if h.translated && f.bridged { // it turns connection tracking on, which such hosts have on already
+			chains[h.name] = append(chains[h.name], translated)
+		}
 	}
 	for name := range chains {
 		conn.AddChain(&nftables.Chain{Name: name, Table: table})
@@ -133,7 +142,12 @@ func (f *firewall) sets() []namedSet {
 			v6.elements = append(v6.elements, element)
 		}
 	}
-	return []namedSet{portSet("watched", watched), portSet("ports", ports), skip, headers, v4, v6}
+	overlays := map[uint16]bool{}
+	for _, p := range f.overlays {
+		overlays[p] = true
+	}
+	return []namedSet{portSet("watched", watched), portSet("ports", ports), portSet("overlays", overlays), skip, headers,
+		v4, v6}
 }
 
 // outermost leaves out networks within others: a set of intervals refuses what overlaps.
@@ -195,12 +209,26 @@ func etherType(t uint16) []expr.Any {
 	return []expr.Any{meta(expr.MetaKeyPROTOCOL), equal(byte(t>>8), byte(t))}
 }
 
-// fromVeth is what the base chains have: only what comes from a container goes on.
-var fromVeth = []expr.Any{
-	meta(nftMetaIIFKind), equal(append([]byte("veth"), make([]byte, unix.IFNAMSIZ-len("veth"))...)...),
-	meta(expr.MetaKeyIIF), &expr.Lookup{SourceRegister: regFirst, SetName: "skip", Invert: true},
-	jump("container"),
+// from matches what comes by a device of a kind, but from those that are left out.
+func from(kind string) []expr.Any {
+	name := make([]byte, unix.IFNAMSIZ)
+	copy(name, kind)
+	return []expr.Any{meta(nftMetaIIFKind), equal(name...),
+		meta(expr.MetaKeyIIF), &expr.Lookup{SourceRegister: regFirst, SetName: "skip", Invert: true}}
 }
+
+// ipsDNAT is IPS_DST_NAT of the connection's status.
+const ipsDNAT = 1 << 5
+
+var (
+	// fromVeth is what the base chains have: only what comes from a container goes on.
+	fromVeth = append(from("veth"), jump("container"))
+	// translated is what came from behind a bridge, where the container cannot be told any more, to an address that the
+	// host translated: to the one that it had the bridge let it pass.
+	translated = append(from("bridge"), &expr.Ct{Key: expr.CtKeySTATUS, Register: regFirst},
+		bits(binaryutil.NativeEndian.PutUint32(ipsDNAT)...),
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: regFirst, Data: []byte{0, 0, 0, 0}}, jump("container"))
+)
 
 // fragmentHeaders are what the first fragment of an IPv6 packet may begin with when it is TCP: that, or an extension
 // header behind which it hides, possibly beyond the fragment's end.
@@ -227,6 +255,10 @@ var fromContainer = [][]expr.Any{
 		jump("destination"),
 	},
 }
+
+// toOverlay drops what would enter a tunnel of the host's as if another host had sent it.
+var toOverlay = drop(dropOverlay, meta(expr.MetaKeyL4PROTO), equal(unix.IPPROTO_UDP),
+	header(expr.PayloadBaseTransportHeader, 2, 2, regFirst), in("overlays"))
 
 // toBroker finds out of TCP to the ports of brokers what is for a broker's address. Sets of networks are dear to ask:
 // other traffic does not come here.
