@@ -201,7 +201,7 @@ func (p *Programs) Event() (Event, error) {
 // Enrol names the listener of a network namespace, by the port on which it listens at 127.0.0.1 and ::1. cookie is
 // SO_NETNS_COOKIE of any socket made in it. Broker-bound connects are refused in a namespace that is not enrolled.
 func (p *Programs) Enrol(cookie uint64, port uint16) error {
-	if err := p.objects.KlammEnrolled.Put(cookie, port); err != nil {
+	if err := p.objects.KlammEnrolled.Put(cookie, redirectKlammListener{Port: port}); err != nil {
 		return fmt.Errorf("enrol network namespace %d with port %d: %w", cookie, port, err)
 	}
 	return nil
@@ -252,10 +252,10 @@ func (p *Programs) Exempted() (map[uint64]uint64, error) {
 func (p *Programs) Enrolled() (map[uint64]uint16, error) {
 	ports := map[uint64]uint16{}
 	var cookie uint64
-	var port uint16
+	var l redirectKlammListener
 	all := p.objects.KlammEnrolled.Iterate()
-	for all.Next(&cookie, &port) {
-		ports[cookie] = port
+	for all.Next(&cookie, &l) {
+		ports[cookie] = l.Port
 	}
 	if err := all.Err(); err != nil {
 		return nil, fmt.Errorf("read the enrolled network namespaces: %w", err)

@@ -72,13 +72,22 @@ struct {
 	MAP_TYPE(value, struct klamm_config);
 } klamm_config SEC(".maps");
 
-/* Network namespace cookie -> port of the listener in it, host order. */
+struct klamm_listener {
+	__u16 port; /* host order */
+	__u16 pad;
+	__s32 handshakes; /* of its clients in klamm_handshake */
+};
+
+/* Of one network namespace, so that it cannot fill the map for all: its root could keep handshakes from ending. */
+#define KLAMM_HANDSHAKES 4096
+
+/* By network namespace cookie. */
 struct {
 	MAP_NUMBER(type, BPF_MAP_TYPE_HASH);
 	MAP_NUMBER(max_entries, 65536);
 	MAP_NUMBER(map_flags, BPF_F_NO_PREALLOC);
 	MAP_TYPE(key, __u64);
-	MAP_TYPE(value, __u16);
+	MAP_TYPE(value, struct klamm_listener);
 } klamm_enrolled SEC(".maps");
 
 /* Ids of cgroups whose processes are not redirected: brokers on this host. The value counts their connects. */
@@ -260,9 +269,9 @@ INLINE void tell_of_process(__u64 netns_cookie, __u32 reason, const struct klamm
 INLINE __u16 listener_port(void *ctx)
 {
 	__u64 cookie = bpf_get_netns_cookie(ctx);
-	const __u16 *port = bpf_map_lookup_elem(&klamm_enrolled, &cookie);
+	const struct klamm_listener *l = bpf_map_lookup_elem(&klamm_enrolled, &cookie);
 
-	return port ? *port : 0;
+	return l ? l->port : 0;
 }
 
 INLINE int is_down(void *ctx, const struct klamm_connect *c)
@@ -597,6 +606,24 @@ INLINE struct klamm_tuple tuple_of_accepted(struct bpf_sock_ops *ctx)
 	return t;
 }
 
+INLINE int begin_handshake(const struct klamm_tuple *t, const struct klamm_record *r)
+{
+	struct klamm_listener *l = bpf_map_lookup_elem(&klamm_enrolled, &t->netns_cookie);
+
+	if (!l || l->handshakes >= KLAMM_HANDSHAKES || bpf_map_update_elem(&klamm_handshake, t, r, BPF_NOEXIST))
+		return 0;
+	__sync_fetch_and_add(&l->handshakes, 1);
+	return 1;
+}
+
+INLINE void end_handshake(const struct klamm_tuple *t)
+{
+	struct klamm_listener *l = bpf_map_lookup_elem(&klamm_enrolled, &t->netns_cookie);
+
+	if (!bpf_map_delete_elem(&klamm_handshake, t) && l)
+		__sync_fetch_and_add(&l->handshakes, -1);
+}
+
 /* The SYN goes out whatever we return. A connection whose record did not get into handshake is accepted without one,
  * and the node refuses it.
  * Not at ACTIVE_ESTABLISHED: with TCP Fast Open on the server the other side is established before. */
@@ -612,7 +639,8 @@ INLINE void on_syn(struct bpf_sock_ops *ctx)
 		return;
 	}
 	t = tuple_of_client(ctx);
-	count(bpf_map_update_elem(&klamm_handshake, &t, r, BPF_ANY) ? KLAMM_HANDSHAKE_NO_ENTRY : KLAMM_HANDSHAKE_BEGUN);
+	end_handshake(&t); /* of a connection that ended unseen */
+	count(begin_handshake(&t, r) ? KLAMM_HANDSHAKE_BEGUN : KLAMM_HANDSHAKE_NO_ENTRY);
 }
 
 INLINE void on_client_closed(struct bpf_sock_ops *ctx)
@@ -622,7 +650,7 @@ INLINE void on_client_closed(struct bpf_sock_ops *ctx)
 	if (!client_record(ctx->sk))
 		return;
 	t = tuple_of_client(ctx);
-	bpf_map_delete_elem(&klamm_handshake, &t);
+	end_handshake(&t);
 }
 
 INLINE void on_accepted(struct bpf_sock_ops *ctx)
@@ -641,7 +669,7 @@ INLINE void on_accepted(struct bpf_sock_ops *ctx)
 	}
 	count(bpf_sk_storage_get(&klamm_accepted, sk, r, BPF_SK_STORAGE_GET_F_CREATE) ? KLAMM_HANDED_OVER
 										       : KLAMM_ACCEPTED_NO_STORAGE);
-	bpf_map_delete_elem(&klamm_handshake, &t);
+	end_handshake(&t);
 }
 
 SEC("sockops")

@@ -49,6 +49,13 @@ type redirectKlammEvent struct {
 	Comm        [16]int8
 }
 
+type redirectKlammListener struct {
+	_          structs.HostLayout
+	Port       uint16
+	Pad        uint16
+	Handshakes int32
+}
+
 type redirectKlammNetwork struct {
 	_    structs.HostLayout
 	Bits uint32

@@ -388,6 +388,39 @@ func TestAFullHandshakeMapMeansNoRecord(t *testing.T) {
 	r.programs.count(t, map[string]uint64{"redirected": 1, "handshake_no_entry": 1, "accepted_without_record": 1})
 }
 
+func TestANetworkNamespaceHasItsShareOfTheHandshakesOnly(t *testing.T) {
+	const share = 4096 // KLAMM_HANDSHAKES
+	r := newRig(t)
+	enrolled := r.programs.objects.KlammEnrolled
+	begun := func() (l redirectKlammListener) {
+		if err := enrolled.Lookup(r.cookie, &l); err != nil {
+			t.Fatal(err)
+		}
+		return l
+	}
+	connect := func() error {
+		if got := r.run(step{Do: "connect", To: at("192.0.2.7", brokerPort)}).outcome(); got.Error != "" {
+			t.Errorf("the client got %s", got.Error)
+		}
+		_, err := onFD(t, r.accept(0), r.programs.Record)
+		return err
+	}
+	if err := enrolled.Put(r.cookie, redirectKlammListener{Port: r.port, Handshakes: share - 1}); err != nil {
+		t.Fatal(err)
+	}
+	if err := connect(); err != nil || begun().Handshakes != share-1 {
+		t.Errorf("with room for one: %v, then %d are on their way", err, begun().Handshakes)
+	}
+	if err := enrolled.Put(r.cookie, redirectKlammListener{Port: r.port, Handshakes: share}); err != nil {
+		t.Fatal(err)
+	}
+	if err := connect(); !errors.Is(err, ErrNoRecord) || begun().Handshakes != share {
+		t.Errorf("with room for none: %v, then %d are on their way", err, begun().Handshakes)
+	}
+	r.programs.count(t, map[string]uint64{"redirected": 2, "handshake_begun": 1, "handed_over": 1,
+		"handshake_no_entry": 1, "accepted_without_record": 1})
+}
+
 func TestARecordOfAnotherVersionIsRefused(t *testing.T) {
 	r := newRig(t)
 	if got := r.run(step{Do: "connect", To: at("192.0.2.7", brokerPort)}).outcome(); got.Error != "" {
