@@ -71,8 +71,8 @@ func (r Record) Destination() netip.AddrPort {
 	return netip.AddrPortFrom(netip.AddrFrom16(r.DAddr).Unmap(), r.DPort)
 }
 
-// Event is something the kernel did or refused that the node acts on or puts on record (struct klamm_event of record.h).
-// Of the same reason in the same network namespace there is one in 50 ms; the counters have all.
+// Event is something the kernel did or refused that the node acts on or puts on record (struct klamm_event of
+// record.h). Of the same reason in the same network namespace there is one in 50 ms; the counters have all.
 type Event struct {
 	NetnsCookie uint64 // 0 for a dropped packet
 	CgroupID    uint64 // of the socket for a dropped packet, of the process otherwise

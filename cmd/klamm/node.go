@@ -35,7 +35,7 @@ Exit codes: 0 ended by a signal, 1 could not start or go on.`,
 		Args:    cobra.NoArgs,
 	}
 	file := cmd.Flags().StringP("config", "c", "/etc/klamm/klamm.yaml", "configuration file")
-	replace := cmd.Flags().Bool("replace", false, "take over from the node that runs: it drains and ends once this one is up")
+	replace := cmd.Flags().Bool("replace", false, "take over from the node that runs: it drains once this one is up")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		config, err := node.Load(*file)
 		if err != nil {

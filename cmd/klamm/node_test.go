@@ -77,7 +77,8 @@ func hideBPFFS() {
 	}
 }
 
-// dropCapability executes this program again without the capability: root has those of the bounding set after execve(2).
+// dropCapability executes this program again without the capability: after execve(2) root has those of the bounding
+// set.
 func dropCapability() {
 	runtime.LockOSThread()
 	capability, err := strconv.Atoi(os.Getenv(withoutCapability))

@@ -14,7 +14,7 @@ const (
 	KernelFailed       Reason = "kernel"              // refused in the kernel: it could not make the record of the connect
 	Older              Reason = "older_connection"    // ended, for it was there before the node
 	Bypass             Reason = "bypass"              // refused in the kernel: something tried to go around the node
-	Tampered           Reason = "tampered"            // somebody took the node's programs or rules away; they were put back
+	Tampered           Reason = "tampered"            // the node's programs or rules were taken away, and put back
 	TLSRefused         Reason = "tls"                 // the client speaks TLS, which cannot be read
 	BadFrame           Reason = "bad_frame"           // not a Kafka frame, or larger than the limit
 	UnknownAPI         Reason = "unknown_api"         // an API key nobody knows
@@ -33,7 +33,7 @@ var Reasons = map[Reason]string{
 	NoCluster:          "if this is a broker of yours, add it under clusters in klamm.yaml",
 	BrokerUnreachable:  "check the broker and the route to it from this host",
 	TooManyConnections: "raise limits.connections in klamm.yaml, or find the client that opens them",
-	NotEnrolled:        "nothing to do if it stays the first of its container; else the node's log says why it cannot listen",
+	NotEnrolled:        "nothing to do if it is the only one of its container; else the node's log says why",
 	EnforcerDown:       "see why the node was down; clients retry",
 	KernelFailed:       "look at net.core.optmem_max and at the memory of the host",
 	Older:              "nothing to do: the client connects anew, through the node",

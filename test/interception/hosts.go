@@ -74,13 +74,12 @@ func hosts(ctx context.Context) (err error) {
 		namespace: fmt.Sprintf("/proc/%d/fd/%d", pid, first)}
 	b := &site{dir: filepath.Join(dir, "b"), cgroup: filepath.Join(cgroup, "b"),
 		namespace: fmt.Sprintf("/proc/%d/ns/net", pid)}
-	for _, s := range []*site{a, b} {
-		if err := s.start(broker, "/"+filepath.Base(cgroup)+"/b/broker"); err != nil {
-			return errors.Join(err, s.stop())
-		}
-		defer func() { err = errors.Join(err, s.stop()) }()
+	exempt := "/" + filepath.Base(cgroup) + "/b/broker"
+	defer func() { err = errors.Join(err, a.stop(), b.stop()) }()
+	if err := errors.Join(a.start(broker, exempt), b.start(broker, exempt)); err != nil {
+		return err
 	}
-	return errors.Join(checkHosts(broker, a, b))
+	return checkHosts(broker, a, b)
 }
 
 // checkHosts prints what it found.
@@ -139,7 +138,8 @@ var errFailed = errors.New("checks failed")
 func withoutNames(dir string) error {
 	file := filepath.Join(dir, "resolv.conf")
 	return errors.Join(unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""),
-		os.WriteFile(file, []byte("nameserver 127.0.0.1\n"), 0o600), unix.Mount(file, "/etc/resolv.conf", "", unix.MS_BIND, ""))
+		os.WriteFile(file, []byte("nameserver 127.0.0.1\n"), 0o600),
+		unix.Mount(file, "/etc/resolv.conf", "", unix.MS_BIND, ""))
 }
 
 // wire connects the calling process's network namespace, the second host, to a new one, the first.

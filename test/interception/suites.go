@@ -98,7 +98,8 @@ func program(dir string) func(context.Context, bool, func(string, error)) {
 	}
 }
 
-// readLines runs a command that prints a line "  pass  NAME" or "  FAIL  NAME" for each check, what went wrong behind it.
+// readLines runs a command that prints a line "  pass  NAME" or "  FAIL  NAME" for each check, and what went wrong
+// behind it.
 func readLines(ctx context.Context, tell func(string, error), cmd *exec.Cmd) {
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.Stderr = os.Stderr
