@@ -267,8 +267,8 @@ func (l hostLinks) equal(o hostLinks) bool {
 	return slices.Equal(l.skip, o.skip) && slices.Equal(l.overlays, o.overlays) && l.bridged == o.bridged
 }
 
-// devices looks at the host's devices. Those whose packets pass are uplinks and veths, which nothing that a container can
-// do to its own end makes them:
+// devices looks at the host's devices. Those whose packets pass are uplinks and veths, which nothing that a container
+// can do to its own end makes them:
 //   - the other end is in an exempt namespace,
 //   - the other end is in the host's namespace too, and both are up: a pair between two bridges. One that is down may
 //     be about to be moved into a container, and is taken down by the move;

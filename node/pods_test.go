@@ -91,8 +91,8 @@ func TestAContainerIsKnownByWhatItsRuntimeCallsIt(t *testing.T) {
 	}
 }
 
-// newNetns makes a network namespace with its loopback device up, and calls f on a thread in it. The thread, and with it
-// what f started there, lives as long as the test.
+// newNetns makes a network namespace with its loopback device up, and calls f on a thread in it. The thread, and with
+// it what f started there, lives as long as the test.
 func newNetns(t *testing.T, f func(path string)) {
 	t.Helper()
 	done, end, ended := make(chan error, 1), make(chan struct{}), make(chan struct{})
