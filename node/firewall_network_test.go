@@ -590,6 +590,11 @@ var routedVectors = []vector{
 		func(n *network) netip.AddrPort { return netip.AddrPortFrom(n.broker4, hiddenPort) })},
 }
 
+// doublyTagged is the vector that rule i about frames drops.
+func doublyTagged(i int) vector {
+	return slices.DeleteFunc(slices.Clone(vectors), func(v vector) bool { return v.reason != dropVLAN })[i]
+}
+
 // vectors of a network.
 func (n *network) vectors() []vector {
 	if n.bridge != "" {

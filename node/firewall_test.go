@@ -77,9 +77,14 @@ func TestNoPacketOfAContainerReachesABroker(t *testing.T) {
 			f := n.firewall(t)
 			for _, v := range n.vectors() {
 				t.Run(v.name, func(t *testing.T) {
-					dropped, answered := counters(t, f)[v.reason], n.answers.Load()
+					before, answered := counters(t, f), n.answers.Load()
 					v.send(t, n)
-					until(t, "a packet dropped as "+v.reason, func() bool { return counters(t, f)[v.reason] > dropped })
+					until(t, "a packet dropped as "+v.reason, func() bool {
+						now := counters(t, f)
+						// Linux 7.3 sees behind a second tag.
+						return now[v.reason] > before[v.reason] ||
+							v.reason == dropVLAN && now[dropConnection] > before[dropConnection]
+					})
 					n.settled(t)
 					if got := n.answers.Load() - answered; got != 0 {
 						t.Errorf("the broker answered %d times", got)
@@ -93,6 +98,15 @@ func TestNoPacketOfAContainerReachesABroker(t *testing.T) {
 // Were a rule or a hook not needed, or no vector aimed at it, these tests could not fail for it.
 func TestEachRuleAndHookIsNeeded(t *testing.T) {
 	networks := []*network{routed(t), bridged(t)}
+	// seesBehind tells whether the kernel finds a broker's port behind these tags, so that no rule about tags is needed.
+	seesBehind := func(t *testing.T, v vector) bool {
+		n := networks[1]
+		f := n.firewall(t)
+		before := counters(t, f)[dropConnection]
+		v.send(t, n)
+		n.settled(t)
+		return counters(t, f)[dropConnection] > before
+	}
 	needed := func(t *testing.T) {
 		var answers int64
 		for _, n := range networks {
@@ -115,6 +129,9 @@ func TestEachRuleAndHookIsNeeded(t *testing.T) {
 			t.Run(fmt.Sprintf("rule %d of %s", i, name), func(t *testing.T) {
 				*chain = slices.Delete(slices.Clone(rules), i, i+1)
 				defer func() { *chain = rules }()
+				if name == "frames" && seesBehind(t, doublyTagged(i)) {
+					t.Skip("this kernel sees behind the second tag")
+				}
 				needed(t)
 			})
 		}

@@ -210,6 +210,9 @@ type descriptor int
 // Read implements io.Reader.
 func (d descriptor) Read(p []byte) (int, error) {
 	n, err := unix.Read(int(d), p)
+	for errors.Is(err, unix.EINTR) { // a ring's work for this thread interrupts too
+		n, err = unix.Read(int(d), p)
+	}
 	if n == 0 && err == nil {
 		err = io.EOF
 	}

@@ -50,7 +50,7 @@ func (g *guest) boot(ctx context.Context, suites []suite) (_ map[string]*ended, 
 
 	// Emulated, because a host may be a virtual machine itself, in which /dev/kvm is not there or not whole. By one
 	// thread: with one for each CPU a kernel that patches its own code may end in "Oops: int3".
-	args := []string{"-accel", "tcg,thread=single", "-cpu", "max", "-smp", "2", "-m", "2048", "-no-reboot",
+	args := []string{"-accel", "tcg,thread=single", "-cpu", "max", "-smp", "2", "-m", "3072", "-no-reboot",
 		"-nodefaults", "-no-user-config", "-display", "none",
 		"-kernel", filepath.Join(g.kernel, "vmlinuz"), "-initrd", initrd,
 		"-append", strings.Join(append([]string{"console=ttyS0 panic=-1"}, g.append...), " "),

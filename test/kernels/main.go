@@ -239,7 +239,11 @@ func (r *report) print() {
 		_, _ = fmt.Fprintf(table, "\t%s\n", row.took)
 	}
 	_ = table.Flush()
-	for _, text := range slices.Concat(r.notes, r.failures) {
+	for _, e := range exceptions {
+		r.notes = append(r.notes, fmt.Sprintf("not run, %s: %s: %s", e.suite, e.tests, e.reason))
+	}
+	r.line("\n" + strings.Join(r.notes, "\n"))
+	for _, text := range r.failures {
 		r.line("\n" + text)
 	}
 	r.line(fmt.Sprintf("\n%d passed, %d failed", r.passed, r.failed))

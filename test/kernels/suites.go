@@ -24,10 +24,23 @@ type suite struct {
 	row  string   // what the table says when it is as it must be
 }
 
-// tests are all tests of a package, or those that match a pattern.
+// tests are the tests of a package that match a pattern.
 func tests(name, pkg, pattern string) suite {
-	return suite{Name: name, Dir: "/src/" + pkg, pkg: pkg,
-		Command: []string{"/t/" + name + ".test", "-test.v", "-test.short", "-test.timeout=12m", "-test.run=" + pattern}}
+	s := suite{Name: name, Dir: "/src/" + pkg, pkg: pkg,
+		Command: []string{"/t/" + name + ".test", "-test.v", "-test.short", "-test.timeout=20m", "-test.run=" + pattern}}
+	for _, e := range exceptions {
+		if e.suite == name {
+			s.Command = append(s.Command, "-test.skip="+e.tests)
+		}
+	}
+	return s
+}
+
+// exceptions are tests that say nothing in an emulated guest, with the reason: one for each suite.
+var exceptions = []struct{ suite, tests, reason string }{
+	{"node", "^TestAnIdempotentProducerIsTakenOverWithoutLoss$", "it takes Apache Kafka and its Java"},
+	{"bypass", "^TestNoWayAroundTheNode$/^(root_of_the_host_detaches|ARP_on_a_bridge)",
+		"holes that the threat model names, and races that an emulated attacker loses"},
 }
 
 // matching are the suites with another pattern of tests.

@@ -105,7 +105,8 @@ func setUp() error {
 	return errors.Join(err, os.Chmod("/tmp", 0o777|os.ModeSticky),
 		os.Setenv("PATH", "/bin:/sbin:/usr/bin:/usr/sbin:/t"), os.Setenv("HOME", "/tmp"),
 		call("--install", "-s"), call("ip", "link", "set", "lo", "up"),
-		modprobe("virtio_pci"), modprobe("virtio_console"))
+		modprobe("virtio_pci"), modprobe("virtio_console"),
+		modprobe("br_netfilter")) // as on every host of containers
 }
 
 // enter makes a mount point the root.
