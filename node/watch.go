@@ -13,7 +13,7 @@ import (
 )
 
 // watchPeriod is how long at most the redirect stays severed.
-const watchPeriod = 500 * time.Millisecond
+const watchPeriod = 200 * time.Millisecond
 
 // watch puts back what somebody took away, until ctx ends.
 func (n *Node) watch(ctx context.Context) {

@@ -47,7 +47,7 @@ var lifetimes = []vector{
 		meanwhile: severed, attack: to(broker4)},
 	{name: "68,000 connects under way in one pod, and one in another", as: root, own: true, want: intercepted,
 		attack: exhausts,
-		help: map[string]func(testing.TB, *scene, string) string{"other": otherPod}},
+		help:   map[string]func(testing.TB, *scene, string) string{"other": otherPod}},
 }
 
 func started(t testing.TB, s *scene) {

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf/link"
+	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
 	"golang.org/x/sys/unix"
 
@@ -218,6 +219,14 @@ func (w *world) load(ctx context.Context) (*load, error) {
 	return l, err
 }
 
+// abandon ends clients that a failed check has left at work.
+func (l *load) abandon(err error) {
+	if err != nil {
+		_ = host.EndBy(l.producer.Cmd, syscall.SIGKILL)
+		_ = host.EndBy(l.connects.Cmd, syscall.SIGKILL)
+	}
+}
+
 // end tells what the clients saw, and checks what they must all have in common: no connect past the node, and every
 // acknowledged record once and in its order.
 func (l *load) end(ctx context.Context) (produced, connected, error) {
@@ -325,6 +334,9 @@ func (w *world) end(ctx context.Context, topic string) (int64, error) {
 func (w *world) written(ctx context.Context, topic string, n int64) error {
 	return until(ctx, fmt.Sprintf("%d records in %s", n, topic), func() (bool, error) {
 		end, err := w.end(ctx, topic)
+		if kerr.IsRetriable(err) { // on a slow host the broker may lose its leadership for a moment
+			return false, nil
+		}
 		return end >= n, err
 	})
 }
@@ -355,11 +367,12 @@ func until(ctx context.Context, what string, is func() (bool, error)) error {
 // restarts ends the node by a signal and starts it again, as often as that, under load. Each life is long enough for
 // the producer to write.
 func (w *world) restarts(how syscall.Signal) func(context.Context) error {
-	return func(ctx context.Context) error {
+	return func(ctx context.Context) (err error) {
 		l, err := w.load(ctx)
 		if err != nil {
 			return err
 		}
+		defer func() { l.abandon(err) }()
 		for n := range restarts {
 			if err := w.progress(ctx, l); err != nil {
 				return fmt.Errorf("life %d: %w", n, err)
@@ -380,17 +393,21 @@ func (w *world) restarts(how syscall.Signal) func(context.Context) error {
 // progress waits until the producer has got more records through.
 func (w *world) progress(ctx context.Context, l *load) error {
 	before, err := w.end(ctx, l.topic)
+	for kerr.IsRetriable(err) && ctx.Err() == nil {
+		before, err = w.end(ctx, l.topic)
+	}
 	if err != nil {
 		return err
 	}
 	return w.written(ctx, l.topic, before+5)
 }
 
-func (w *world) replacements(ctx context.Context) error {
+func (w *world) replacements(ctx context.Context) (err error) {
 	l, err := w.load(ctx)
 	if err != nil {
 		return err
 	}
+	defer func() { l.abandon(err) }()
 	for n := range replaced {
 		old := w.node.Command()
 		if err := w.progress(ctx, l); err != nil {
