@@ -108,19 +108,21 @@ func TestEachRuleAndHookIsNeeded(t *testing.T) {
 		return counters(t, f)[dropConnection] > before
 	}
 	needed := func(t *testing.T) {
-		var answers int64
-		for _, n := range networks {
-			n.firewall(t)
-			before := n.answers.Load()
-			for _, v := range n.vectors() {
-				v.send(t, n)
+		// More than once: on a busy host an answer may be later than what settles the network.
+		for range 5 {
+			for _, n := range networks {
+				n.firewall(t)
+				before := n.answers.Load()
+				for _, v := range n.vectors() {
+					v.send(t, n)
+				}
+				n.settled(t)
+				if n.answers.Load() > before {
+					return
+				}
 			}
-			n.settled(t)
-			answers += n.answers.Load() - before
 		}
-		if answers == 0 {
-			t.Error("nothing gets through without it either")
-		}
+		t.Error("nothing gets through without it either")
 	}
 	for name, chain := range map[string]*[][]expr.Any{"frames": &firewallFamilies[0].frames,
 		"container": &fromContainer, "destination": &toBroker} {
