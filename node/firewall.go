@@ -275,7 +275,7 @@ func (l hostLinks) equal(o hostLinks) bool {
 //   - the host's default route leads there, for a host that is a container itself. Routes that a router advertisement
 //     made do not count, because a container can send one.
 func (f *firewall) devices() (found hostLinks, err error) {
-	links, err := netlink.LinkList()
+	links, err := uninterrupted(netlink.LinkList)
 	if err != nil {
 		return found, fmt.Errorf("list network devices: %w", err)
 	}
@@ -328,8 +328,10 @@ func (f *firewall) devices() (found hostLinks, err error) {
 func uplinks() (map[int]bool, error) {
 	found := map[int]bool{}
 	for _, ip := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		routes, err := netlink.RouteListFiltered(ip, &netlink.Route{Table: unix.RT_TABLE_MAIN},
-			netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST) // to nowhere in particular
+		routes, err := uninterrupted(func() ([]netlink.Route, error) {
+			return netlink.RouteListFiltered(ip, &netlink.Route{Table: unix.RT_TABLE_MAIN},
+				netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST) // to nowhere in particular
+		})
 		if err != nil {
 			return nil, fmt.Errorf("list default routes: %w", err)
 		}

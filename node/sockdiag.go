@@ -183,10 +183,10 @@ func (d *diag) dump(match func(tcpSocket) bool, states ...tcpState) ([]tcpSocket
 }
 
 // uninterrupted repeats a dump that the kernel marks with NLM_F_DUMP_INTR: something may be missing in it.
-func uninterrupted(dump func() ([]tcpSocket, error)) (sockets []tcpSocket, err error) {
+func uninterrupted[T any](dump func() ([]T, error)) (all []T, err error) {
 	for range dumpAttempts {
-		if sockets, err = dump(); !errors.Is(err, nl.ErrDumpInterrupted) {
-			return sockets, err
+		if all, err = dump(); !errors.Is(err, nl.ErrDumpInterrupted) {
+			return all, err
 		}
 	}
 	return nil, fmt.Errorf("%d times: %w", dumpAttempts, err)

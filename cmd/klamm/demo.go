@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"time"
@@ -246,6 +247,9 @@ func demoCgroup() (path string, remove func() error, err error) {
 func (s demoStep) run(ctx context.Context, cgroup, broker string) demoOutcome {
 	ctx, cancel := context.WithTimeout(ctx, demoStepTimeout)
 	defer cancel()
+	// The client is killed when the thread that started it ends (prctl(2)), and entering network namespaces ends threads.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
 	argv := demoClient(s.verb, broker, s.topic)
 	o := demoOutcome{Title: s.title, Workload: s.workload, UID: s.uid, Command: strings.Join(argv, " ")}
 	dir, err := os.Open(cgroup)

@@ -235,7 +235,11 @@ func timeouts(fd int) error {
 }
 
 func connect(fd int, to netip.AddrPort) error {
-	return os.NewSyscallError("connect", unix.Connect(fd, sockaddr(to)))
+	err := unix.Connect(fd, sockaddr(to))
+	for errors.Is(err, unix.EINTR) { // a signal of Go's, where there is a timeout; this waits on
+		err = unix.Connect(fd, sockaddr(to))
+	}
+	return os.NewSyscallError("connect", err)
 }
 
 // awaitConnected waits for a connect that is under way, or is another process'.
