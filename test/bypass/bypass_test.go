@@ -64,6 +64,8 @@ type vector struct {
 	want verdict // with a node
 	// hole says of a vector that is wanted to reach the broker what compensates.
 	hole string
+	// raced holes are found only by an attacker who is in time: it is no fault if this one was not.
+	raced bool
 	// uncontrolled says why the vector cannot be tried without a node.
 	uncontrolled string
 	attack       func(*attacker) error
@@ -150,7 +152,8 @@ type outcome struct {
 }
 
 func (o outcome) ok() bool {
-	return o.guard == o.vector.want && (o.control == reached || o.vector.uncontrolled != "") ||
+	asWanted := o.guard == o.vector.want || o.vector.raced && o.guard == intercepted
+	return asWanted && (o.control == reached || o.vector.uncontrolled != "") ||
 		o.control == lacking && o.guard != reached
 }
 

@@ -79,7 +79,7 @@ func (o outcome) result() string {
 	case !o.ok():
 		return fmt.Sprintf("**%s, want %s**", o.guard, o.vector.want)
 	case o.vector.hole != "":
-		return fmt.Sprintf("%s; hole: %s", o.guard, o.vector.hole)
+		return fmt.Sprintf("%s; hole: %s", o.vector.want, o.vector.hole)
 	}
 	return string(o.guard)
 }
