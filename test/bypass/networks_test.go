@@ -25,7 +25,8 @@ var networks = []vector{
 	// The device is there before the node: one that comes later is noticed a moment after it came.
 	{name: "VXLAN made by hand, to the host's VXLAN device", own: true, stage: vxlan, want: refused, attack: overVXLAN,
 		unguarded: true, meanwhile: started},
-	{name: "ARP on a bridge that says to be the broker", as: netRaw, from: inBridgedPod, own: true, want: reached, raced: true,
+	{name: "ARP on a bridge that says to be the broker", as: netRaw, from: inBridgedPod, own: true, want: reached,
+		raced:        true,
 		uncontrolled: "it is for what the node sends", attack: poisons,
 		hole: "a broker and workloads on one bridge, in plaintext, is a network that cannot be trusted"},
 	{name: "packet sockets on a macvlan device of the host's", as: netRaw, from: onMacvlan, own: true, want: reached,
