@@ -104,7 +104,8 @@ func setUp() error {
 	// The kernel itself calls /sbin/modprobe for all else that it lacks. Without a service manager a process may open
 	// 4096 files at most.
 	const files = 1 << 20
-	return errors.Join(err, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: files, Max: files}), os.Chmod("/tmp", 0o777|os.ModeSticky),
+	return errors.Join(err, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: files, Max: files}),
+		os.Chmod("/tmp", 0o777|os.ModeSticky),
 		os.Setenv("PATH", "/bin:/sbin:/usr/bin:/usr/sbin:/t"), os.Setenv("HOME", "/tmp"),
 		call("--install", "-s"), call("ip", "link", "set", "lo", "up"),
 		modprobe("virtio_pci"), modprobe("virtio_console"),
