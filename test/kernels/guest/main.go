@@ -101,8 +101,11 @@ func setUp() error {
 	for _, dir := range []string{"/sbin", "/usr/bin", "/usr/sbin"} {
 		err = errors.Join(err, os.MkdirAll(dir, 0o755))
 	}
-	// The kernel itself calls /sbin/modprobe for all else that it lacks.
-	return errors.Join(err, os.Chmod("/tmp", 0o777|os.ModeSticky),
+	// The kernel itself calls /sbin/modprobe for all else that it lacks. Without a service manager a process may open
+	// 4096 files at most.
+	const files = 1 << 20
+	return errors.Join(err, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: files, Max: files}),
+		os.Chmod("/tmp", 0o777|os.ModeSticky),
 		os.Setenv("PATH", "/bin:/sbin:/usr/bin:/usr/sbin:/t"), os.Setenv("HOME", "/tmp"),
 		call("--install", "-s"), call("ip", "link", "set", "lo", "up"),
 		modprobe("virtio_pci"), modprobe("virtio_console"),

@@ -148,7 +148,8 @@ func again(t *testing.T, w *stage.Workload, verb []string) time.Duration {
 	return away
 }
 
-// keepConnecting has a client connect all the time until stop is called. Anything but success and refusal fails the test.
+// keepConnecting has a client connect all the time until stop is called. Anything but success and refusal fails the
+// test.
 func keepConnecting(t *testing.T) (stop func() (made int, waited time.Duration, refused int)) {
 	w := orders(t)
 	var enough atomic.Bool
