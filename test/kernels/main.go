@@ -178,6 +178,11 @@ func (r *report) take(row *row, s suite, e *ended) {
 		r.fail("%s, %s: it did not run", row.name, s.Name)
 		return
 	}
+	for line := range strings.Lines(e.output.String()) {
+		if slices.ContainsFunc(measured, func(text string) bool { return strings.Contains(line, text) }) {
+			r.notes = append(r.notes, fmt.Sprintf("%s, %s: %s", row.name, s.Name, strings.TrimSpace(line)))
+		}
+	}
 	if s.pkg == "" {
 		err := s.judge(e)
 		row.cells[s.Name] = map[bool]string{true: s.cell(), false: "FAIL"}[err == nil]
