@@ -531,8 +531,8 @@ func TestWhatIsWrongIsSaidAtTheStart(t *testing.T) {
 	}{
 		{"a policy that is not there", stage.Config{"policies": "[gone.yaml]"}, "gone.yaml: no such file"},
 		{"a policy that is no policy", stage.Config{"policies": "[klamm.yaml]"}, "klamm.yaml:1:1: unknown key"},
-		{"a cgroup that is not there", stage.Config{"node": "{cgroup: /gone}"}, "/gone: no such file"},
-		{"a cgroup that is none", stage.Config{"node": "{cgroup: /tmp}"}, "is it a directory of cgroup2?"},
+		{"a cgroup that is not there", stage.Config{"node": "{cgroup: /gone, pins: \"\"}"}, "/gone: no such file"},
+		{"a cgroup that is none", stage.Config{"node": "{cgroup: /tmp, pins: \"\"}"}, "is it a directory of cgroup2?"},
 		{"a place for the audit that is not there", stage.Config{"audit": "{file: gone/audit}"}, "opening the audit file"},
 		{"a metrics address in use", stage.Config{"metrics": "{listen: \"" + taken.Addr().String() + "\"}"},
 			"address already in use: choose another address"},
