@@ -113,7 +113,7 @@ func TestTheSecondLineDropsHandMadePackets(t *testing.T) {
 				t.Errorf("the sender got %q, want %q", got.Error, passed)
 			}
 			r.programs.count(t, want)
-			if c.counter == "" {
+			if c.counter == "" || t.Failed() { // what was not dropped has no event
 				return
 			}
 			if e := r.event(0); e.Reason() != c.counter || e.CgroupID != cgroupID(t, r.clients) {
