@@ -19,13 +19,16 @@ import (
 	"klamm/spiffe"
 )
 
-// Options configure an Enforcer. All fields are required.
+// Options configure an Enforcer. All fields without a remark are required.
 type Options struct {
 	Policy   *policy.Policy
 	Audit    *audit.Log
 	MaxFrame int   // largest request frame, in bytes
 	Memory   int64 // bytes for frames that are held whole; at least MinMemory(MaxFrame)
 	Metrics  prometheus.Registerer
+	Tokens   kafka.Tokens // may be nil: no issuer is trusted
+	// CloseOnLoss ends connections whose workload is no longer who it was; else only its rights end.
+	CloseOnLoss bool
 }
 
 // Enforcer enforces one policy on all connections of a node.
@@ -45,7 +48,8 @@ func New(o Options) *Enforcer {
 		Answers:  wire.NewBudget(held(o.Memory)),
 		Decoded:  wire.NewBudget(o.Memory - 2*held(o.Memory)),
 		MaxFrame: o.MaxFrame,
-		Metrics:  kafka.NewMetrics(o.Metrics),
+		Tokens:   o.Tokens, CloseOnLoss: o.CloseOnLoss,
+		Metrics: kafka.NewMetrics(o.Metrics),
 	}
 	return e
 }
@@ -76,6 +80,8 @@ func (c *Client) subject() audit.Subject {
 type Conn struct {
 	Client
 	Downstream, Upstream net.Conn
+	Workload             kafka.Workload // whose identity is Client.Identity now
+	Login                kafka.Login    // nil: the node does not log in for the workload
 	Kafka                kafka.Cluster
 	AutoCreate           bool // the cluster's brokers create topics a Metadata request names (auto.create.topics.enable)
 }
@@ -99,7 +105,7 @@ func (e *Enforcer) Serve(ctx context.Context, c Conn) error {
 		subject.Host = host.AddrPort().Addr().Unmap() // what the broker sees, and would have seen without us
 	}
 	err := kafka.Serve(ctx, &e.kafka, kafka.Conn{Client: c.Downstream, Broker: c.Upstream, Cluster: c.Kafka,
-		AutoCreate: c.AutoCreate, Policy: subject, Audit: e.audit, Subject: c.subject()})
+		Workload: c.Workload, Login: c.Login, AutoCreate: c.AutoCreate, Policy: subject, Audit: e.audit, Subject: c.subject()})
 	line := trail.Line("connection", audit.Allow).Str("state", "closed").Dur("duration_ms", time.Since(started))
 	if errors.Is(err, kafka.ErrDrained) {
 		line, err = line.Bool("drained", true), nil

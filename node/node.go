@@ -40,7 +40,7 @@ type Node struct {
 	redirect *Redirect
 	clusters Clusters
 	nri      *nri // nil where no container runtime is asked
-	attest   *spiffe.Static
+	attest   *spiffe.Attestor
 	started  time.Time
 	manager  serviceManager
 	taken    func() error  // tells the node before this one that it may end
@@ -125,9 +125,11 @@ func openNode(c Config, log zerolog.Logger, manager serviceManager, before inher
 		workloads = n.nri
 	}
 	processes := spiffe.NewProcesses(tasks{n.redirect}, cgroups, workloads)
-	if n.attest, err = spiffe.NewStatic(c.Identities, processes); err != nil {
+	static, err := spiffe.NewStatic(c.Identities, processes)
+	if err != nil {
 		return nil, err
 	}
+	n.attest = spiffe.NewAttestor(processes, static)
 	n.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		kernelCounters{n.redirect})
 	if n.kept, err = n.redirect.Ports(); err != nil {
@@ -362,12 +364,13 @@ func (n *Node) serve(ctx context.Context, conn net.Conn, r bpf.Record) {
 		refuse(audit.TooManyConnections, fmt.Errorf("%d connections are open, the limit", cap(n.slots)))
 		return
 	}
-	identity, err := n.identify(ctx, r)
+	workload, err := n.identify(ctx, r)
 	if err != nil {
 		refuse(audit.NoIdentity, err)
 		return
 	}
-	client.Identity = identity
+	defer workload.Release()
+	client.Identity = *workload.Identity()
 	destination, err := n.find(ctx, r)
 	if err != nil {
 		refuse(audit.NoCluster, err)
@@ -389,7 +392,7 @@ func (n *Node) serve(ctx context.Context, conn net.Conn, r bpf.Record) {
 		return
 	}
 	err = n.enforcer.Serve(ctx, enforcer.Conn{Client: client, Downstream: conn, Upstream: broker,
-		Kafka: destination, AutoCreate: destination.AutoCreate()})
+		Workload: workload, Kafka: destination, AutoCreate: destination.AutoCreate()})
 	if err != nil {
 		n.log.Debug().Err(err).Str("conn", client.ID).Msg("connection ended")
 	}
@@ -403,7 +406,7 @@ func (n *Node) find(ctx context.Context, r bpf.Record) (Destination, error) {
 	return n.clusters.Find(ctx, r.Destination())
 }
 
-func (n *Node) identify(ctx context.Context, r bpf.Record) (spiffe.Identity, error) {
+func (n *Node) identify(ctx context.Context, r bpf.Record) (*spiffe.Attested, error) {
 	ctx, cancel := context.WithTimeout(ctx, identifyTimeout)
 	defer cancel()
 	if n.nri != nil {

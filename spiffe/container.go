@@ -33,7 +33,7 @@ const (
 	containerID = `(?P<id>[0-9a-f]{64})`
 	// A name with a dot may be a systemd unit's, below which the unit may have any names made.
 	cgroupRoot = `(?:/[^/.]+)*?`
-	slices     = `(?:/[^/]+\.slice)`
+	unitSlices = `(?:/[^/]+\.slice)`
 )
 
 // layouts are where the runtimes put containers. containerd's own clients (ctr) are missing: /NAMESPACE/NAME can be
@@ -43,13 +43,13 @@ var layouts = []*regexp.Regexp{
 	layout(cgroupRoot + `/kubepods(?:/burstable|/besteffort)?` +
 		`/pod(?P<uid>[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{32})/(?:crio-)?` + containerID),
 	// kubelet with cgroupDriver systemd, where a dash in a slice's name separates it from its parent's.
-	layout(slices + `*?/(?:[^/]+-)?kubepods(?:-burstable|-besteffort)?` +
+	layout(unitSlices + `*?/(?:[^/]+-)?kubepods(?:-burstable|-besteffort)?` +
 		`-pod(?P<uid>[0-9a-f]{8}(?:_[0-9a-f]{4}){3}_[0-9a-f]{12}|[0-9a-f]{32})\.slice` +
 		`/(?:cri-containerd|crio|docker)-` + containerID + `\.scope`),
 	// Docker, podman and nerdctl with systemd.
-	layout(slices + `+?/(?:docker|libpod|nerdctl)-` + containerID + `\.scope`),
+	layout(unitSlices + `+?/(?:docker|libpod|nerdctl)-` + containerID + `\.scope`),
 	// podman in a unit of its own (Quadlet, --cgroups=split).
-	layout(slices + `+?/[^/]+\.service/libpod-payload-` + containerID),
+	layout(unitSlices + `+?/[^/]+\.service/libpod-payload-` + containerID),
 	// Docker and podman with cgroupfs.
 	layout(`/docker/` + containerID),
 	layout(`/libpod_parent/(?:[0-9a-f]{64}/)?libpod-` + containerID),

@@ -196,15 +196,11 @@ func TestWhatTheRuntimeSaysOfAContainerIsItsIdentity(t *testing.T) {
 	root, name := ownCgroup(t)
 	cmd := inCgroup(t, root, written.Replace(name+"/kubepods/burstable/podUID/ID1"))
 	said := &runtime{known: map[string]Workload{}}
-	s, err := NewStatic([]Rule{
-		{SPIFFEID: "spiffe://example.test/other", Namespace: "other", Pod: "orders-*"},
-		{SPIFFEID: "spiffe://example.test/sidecar", Namespace: "shop", Container: "sidecar"},
-		{SPIFFEID: orders, Namespace: "shop", Pod: "orders-*", Container: "app"},
-		{SPIFFEID: "spiffe://example.test/shop", Namespace: "shop"},
-	}, NewProcesses(new(procTasks), root, said))
-	if err != nil {
-		t.Fatal(err)
-	}
+	s := byRules(t, NewProcesses(new(procTasks), root, said),
+		Rule{SPIFFEID: "spiffe://example.test/other", Namespace: "other", Pod: "orders-*"},
+		Rule{SPIFFEID: "spiffe://example.test/sidecar", Namespace: "shop", Container: "sidecar"},
+		Rule{SPIFFEID: orders, Namespace: "shop", Pod: "orders-*", Container: "app"},
+		Rule{SPIFFEID: "spiffe://example.test/shop", Namespace: "shop"})
 	for _, step := range []struct {
 		name string
 		said Workload
@@ -256,10 +252,7 @@ func TestAContainersNameInADelegatedCgroupIsTheUsersOwn(t *testing.T) {
 		if err := os.Chown(filepath.Join(dir, id1), 65534, -1); err != nil {
 			t.Fatal(err)
 		}
-		s, err := NewStatic(nil, NewProcesses(new(procTasks), root, nil))
-		if err != nil {
-			t.Fatal(err)
-		}
+		s := byRules(t, NewProcesses(new(procTasks), root, nil))
 		id, err := s.Attest(t.Context(), peerOf(t, cmd.Process.Pid))
 		if err != nil {
 			t.Fatal(err)

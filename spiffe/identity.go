@@ -5,16 +5,48 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 )
 
-// Identity is who is on the other end of a connection, as far as evidence goes. The zero value is "unidentified":
-// policy decides what that may do (by default nothing).
+// Identity is who is on the other end of a connection at one moment, as far as evidence goes. Immutable. The zero value is
+// "unidentified": policy decides what that may do (by default nothing).
 type Identity struct {
-	ID      spiffeid.ID    // zero when no source knows the workload
-	Source  string         // which source gave ID: "static"
-	Rule    string         // the attestation rule that matched, for the audit
-	Claims  map[string]any // OIDC claims; nil without OIDC evidence
-	Process Process
+	// What rules name: of the first evidence, in the configured order of the sources, that has it.
+	ID     spiffeid.ID    // zero when no source knows the workload
+	Source string         // which source gave ID
+	Rule   string         // the attestation rule that matched, for the audit
+	Claims map[string]any // OIDC claims; nil without OIDC evidence
+
+	Evidence []Evidence // all there is, in the configured order of the sources
+	Process  Process
+	// Lost says why nobody is behind the connection any more: the process exited, or executed another program. No
+	// right is left then, whatever the evidence was.
+	Lost error
+}
+
+// The sources of evidence.
+const (
+	SourceStatic     = "static"     // rules of klamm.yaml
+	SourceSPIRE      = "spire"      // X509-SVID of the SPIRE agent, by pid
+	SourceKubernetes = "kubernetes" // projected service account token
+	SourceTokenFile  = "token-file" // OIDC token in a file of the workload
+	SourceSASL       = "sasl"       // SASL/OAUTHBEARER token the broker accepted
+	SourceTLS        = "tls"        // client certificate
+)
+
+// Evidence is what one source says of a workload.
+type Evidence struct {
+	Source  string
+	ID      spiffeid.ID    // zero where the source knows no SPIFFE ID
+	Rule    string         // of SourceStatic
+	Issuer  string         // of a token or certificate
+	Subject string         // of a token: the claim that is its principal; of a certificate: its subject (RFC 2253)
+	Claims  map[string]any // of a token
+	Expires time.Time      // zero: it does not end by itself
+	Hint    string         // of an SVID
+
+	svid      *x509svid.SVID // of SourceSPIRE
+	exeSHA256 string         // of SourceStatic, where its rule asks for it
 }
 
 // Process is the verified process that called connect(2).

@@ -75,16 +75,16 @@ type process struct {
 
 // verify proves that the process which made peer's connect is still there and still runs the same program, and tells
 // its facts. A process verified before costs one look into the kernel.
-func (ps *Processes) verify(ctx context.Context, peer Peer) (process, error) {
+func (ps *Processes) verify(ctx context.Context, peer Peer) (process, taskKey, error) {
 	key, err := ps.check(peer)
 	if err != nil {
-		return process{}, err
+		return process{}, taskKey{}, err
 	}
 	p, ok := ps.known.get(key)
 	if !ok {
 		p, err = during(ctx, ps, peer, func() (process, error) { return ps.read(key) })
 		if err != nil {
-			return process{}, err
+			return process{}, taskKey{}, err
 		}
 		ps.known.put(key, p)
 	}
@@ -94,7 +94,7 @@ func (ps *Processes) verify(ctx context.Context, peer Peer) (process, error) {
 			p.Namespace, p.Pod, p.Container = w.Namespace, w.Pod, w.Container
 		}
 	}
-	return p, nil
+	return p, key, nil
 }
 
 // sha256 is the hex digest of the executable peer's process runs.

@@ -179,28 +179,29 @@ func NewStatic(rules []Rule, processes *Processes) (*Static, error) {
 	return s, nil
 }
 
-// Attest verifies the process behind peer and gives it the identity of the first rule that matches. Where none does the
-// identity has no ID, only the process' facts. An error (ErrGone, ErrChanged, or an unreadable fact) means that it is
-// not known who connected: the connection must be refused. It takes no longer than ctx, which should have a deadline.
-func (s *Static) Attest(ctx context.Context, peer Peer) (Identity, error) {
-	p, err := s.processes.verify(ctx, peer)
-	if err != nil {
-		return Identity{}, err
-	}
+// Name is SourceStatic.
+func (s *Static) Name() string { return SourceStatic }
+
+// watch tells the identity of the first rule that matches. None of what rules select changes while a program runs.
+func (s *Static) watch(ctx context.Context, p subject, tell func(*Evidence, error)) error {
+	sum := ""
 	for _, r := range s.rules {
-		if !r.matches(p) {
+		if !r.matches(p.process) {
 			continue
 		}
-		if r.ExeSHA256 != "" && p.ExeSHA256 == "" {
-			if p.ExeSHA256, err = s.processes.sha256(ctx, peer); err != nil {
-				return Identity{}, err
+		if r.ExeSHA256 != "" && sum == "" {
+			var err error
+			if sum, err = s.processes.sha256(ctx, p.peer); err != nil {
+				return err
 			}
 		}
-		if r.ExeSHA256 == "" || r.ExeSHA256 == p.ExeSHA256 {
-			return Identity{ID: r.id, Source: "static", Rule: r.Name, Process: p.Process}, nil
+		if r.ExeSHA256 == "" || r.ExeSHA256 == sum {
+			tell(&Evidence{Source: SourceStatic, ID: r.id, Rule: r.Name, exeSHA256: sum}, nil)
+			return nil
 		}
 	}
-	return Identity{Process: p.Process}, nil
+	tell(nil, nil)
+	return nil
 }
 
 // matches compares all selectors but the hash, which is not known before it is needed.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"net"
 	"sync/atomic"
+	"time"
 
 	"github.com/twmb/franz-go/pkg/kmsg"
 
@@ -12,6 +13,7 @@ import (
 	"klamm/enforcer/kafka/authz"
 	"klamm/enforcer/kafka/wire"
 	"klamm/enforcer/policy"
+	"klamm/spiffe"
 )
 
 // Cluster is what a session needs to know of the Kafka cluster it talks to.
@@ -31,16 +33,42 @@ type Shared struct {
 	Decoded  *wire.Budget                   // for what is decoded of either
 	MaxFrame int                            // largest request, in bytes (Kafka: socket.request.max.bytes)
 	Metrics  *Metrics
+	Tokens   Tokens // nil: no issuer is trusted
+	// CloseOnLoss ends connections whose workload is no longer who it was; else only its rights end.
+	CloseOnLoss bool
 
 	sessions sessions
+}
+
+// Workload is who is behind a connection, from moment to moment; see spiffe.Attested.
+type Workload interface {
+	Identity() *spiffe.Identity
+	// Watch calls changed after every change, until stop is called. It must not block.
+	Watch(changed func()) (stop func())
+}
+
+// Tokens verifies the OIDC tokens of SASL/OAUTHBEARER logins.
+type Tokens interface {
+	Verify(ctx context.Context, token string) (*spiffe.Evidence, error)
+}
+
+// Login is the node's own login at the broker, on behalf of the workload.
+type Login interface {
+	// Due is when it must be renewed (KIP-368); zero: never.
+	Due() time.Time
+	// Exchange logs in: call sends a request and returns its answer.
+	Exchange(ctx context.Context, call func(kmsg.Request) (kmsg.Response, error)) error
 }
 
 // Conn is one client connection with its way to the broker.
 type Conn struct {
 	Client, Broker net.Conn
 	Cluster        Cluster
-	AutoCreate     bool           // see authz.Ctx
-	Policy         policy.Subject // its Principal is set by the session, once the broker accepted one
-	Audit          *audit.Log
-	Subject        audit.Subject
+	Workload       Workload
+	// Login is nil where the client logs in itself, or nobody does. It has logged in already.
+	Login      Login
+	AutoCreate bool           // see authz.Ctx
+	Policy     policy.Subject // its Principal is set by the session, once the broker accepted one
+	Audit      *audit.Log
+	Subject    audit.Subject
 }

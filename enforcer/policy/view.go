@@ -4,6 +4,8 @@ import (
 	"net/netip"
 
 	"github.com/twmb/franz-go/pkg/kmsg"
+
+	"klamm/spiffe"
 )
 
 // Subject is whose access is decided: everything a rule's scope and principals may look at.
@@ -12,6 +14,21 @@ type Subject struct {
 	SPIFFE    string     // "spiffe://…", empty when the workload has no SPIFFE ID
 	Principal string     // SASL principal as Kafka writes it, "User:alice"; empty before the broker accepted it
 	Host      netip.Addr // address the broker would have seen without us; the zero Addr is in no network
+	// Facts are what conditions (when) look at. The same facts are the same pointer; nil: nothing is known.
+	Facts *Facts
+}
+
+// Facts are all that is known of who is behind a connection. Immutable.
+type Facts struct {
+	Identity *spiffe.Identity
+	SASL     SASL
+}
+
+// SASL is a login that the broker accepted. The zero value is none.
+type SASL struct {
+	Mechanism string
+	Principal string           // "User:alice"; empty where the mechanism does not show it
+	Token     *spiffe.Evidence // of OAUTHBEARER, where we verified its token
 }
 
 // anonymous tells that nothing is known about who the subject is.
