@@ -25,7 +25,9 @@ type Agent struct {
 	socket string
 	stop   context.CancelFunc
 	done   chan struct{}
-	mute   *time.Timer // until the agent's first word
+	heard  func()        // closes asked
+	asked  chan struct{} // closed when the agent has answered, or failed to
+	mute   *time.Timer   // until the agent's first word
 
 	mu      sync.Mutex
 	svid    *x509svid.SVID
@@ -35,13 +37,14 @@ type Agent struct {
 	changed chan struct{} // closed when svid or bundles change
 }
 
-var errStarting = errors.New("it was not asked yet")
+var errStarting = fmt.Errorf("%w yet", errMute)
 
 // OpenAgent watches the Workload API at a unix socket. The agent may come later.
 func OpenAgent(socket string) *Agent {
 	ctx, stop := context.WithCancel(context.Background())
-	a := &Agent{socket: socket, stop: stop, done: make(chan struct{}), err: errStarting, silent: time.Now(),
-		changed: make(chan struct{})}
+	a := &Agent{socket: socket, stop: stop, done: make(chan struct{}), err: agentError(workloadAPI, socket, errStarting), silent: time.Now(),
+		changed: make(chan struct{}), asked: make(chan struct{})}
+	a.heard = sync.OnceFunc(func() { close(a.asked) })
 	a.mute = time.AfterFunc(answerTimeout, func() {
 		a.OnX509ContextWatchError(fmt.Errorf("%w within %v", errMute, answerTimeout))
 	})
@@ -93,6 +96,7 @@ func (a *Agent) Close() error {
 // OnX509ContextUpdate takes up what the agent says; see workloadapi.X509ContextWatcher.
 func (a *Agent) OnX509ContextUpdate(c *workloadapi.X509Context) {
 	a.mute.Stop()
+	defer a.heard()
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.svid, a.bundles, a.err, a.silent = c.DefaultSVID(), c.Bundles, nil, time.Time{}
@@ -102,6 +106,7 @@ func (a *Agent) OnX509ContextUpdate(c *workloadapi.X509Context) {
 // OnX509ContextWatchError keeps what the agent said last, unless it says that the node has no identity.
 func (a *Agent) OnX509ContextWatchError(err error) {
 	a.mute.Reset(answerTimeout)
+	defer a.heard()
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.err = agentError(workloadAPI, a.socket, err)

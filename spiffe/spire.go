@@ -1,6 +1,7 @@
 package spiffe
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -48,6 +49,8 @@ type SPIRE struct {
 	known     atomic.Int64 // processes with an SVID now
 	stop      context.CancelFunc
 	probed    chan struct{} // closed when the probe has ended
+	heard     func()        // closes asked
+	asked     chan struct{} // closed when the agent has answered the probe, or failed to
 
 	mu       sync.Mutex
 	err      error     // why the API does not serve the node; nil while it does
@@ -58,7 +61,9 @@ type SPIRE struct {
 // NewSPIRE watches the agent, which may come later, until it is closed.
 func NewSPIRE(o SPIREOptions, processes *Processes) (*SPIRE, error) {
 	s := &SPIRE{options: o, processes: processes, agent: OpenAgent(o.WorkloadAPI), streams: make(chan struct{}, maxStreams),
-		probed: make(chan struct{}), err: errStarting, since: time.Now(), failures: map[string]uint64{}}
+		probed: make(chan struct{}), asked: make(chan struct{}), since: time.Now(), failures: map[string]uint64{}}
+	s.heard = sync.OnceFunc(func() { close(s.asked) })
+	s.err = s.error(errStarting)
 	var err error
 	switch o.API {
 	case APIBroker:
@@ -95,6 +100,11 @@ func (s *SPIRE) Agent() *Agent { return s.agent }
 
 // probe follows the node's own process, only to know at any time whether the agent serves the node.
 func (s *SPIRE) probe(ctx context.Context) {
+	select {
+	case <-s.agent.asked: // the Broker API wants to see the node's SVID
+	case <-ctx.Done():
+		return
+	}
 	retry := new(retries)
 	for {
 		err := s.subscribe(ctx, int32(os.Getpid()), func([]rawSVID) error {
@@ -116,6 +126,7 @@ func (s *SPIRE) probe(ctx context.Context) {
 
 // is takes up whether the agent serves the node, and logs when that changes.
 func (s *SPIRE) is(err error) {
+	defer s.heard()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	same := err == nil && s.err == nil || err != nil && s.err != nil && err.Error() == s.err.Error()
@@ -350,6 +361,23 @@ type SPIREState struct {
 	Streams, Identified      int         // processes followed, and those with an SVID
 	// Failures by kind: a gRPC code, "mute", or "svid" for SVIDs that were not believed.
 	Failures map[string]uint64
+}
+
+// ProbeSPIRE tells how a source would be. Its error is that of the API, or else of the Workload API.
+func ProbeSPIRE(ctx context.Context, o SPIREOptions) (SPIREState, error) {
+	s, err := NewSPIRE(o, nil)
+	if err != nil {
+		return SPIREState{}, err
+	}
+	defer func() { _ = s.Close() }()
+	for _, asked := range []chan struct{}{s.agent.asked, s.asked} {
+		select {
+		case <-asked:
+		case <-ctx.Done():
+		}
+	}
+	state := s.State()
+	return state, cmp.Or(state.Err, state.OwnErr)
 }
 
 // State is how the source is now.
