@@ -1,6 +1,7 @@
 package spiffe
 
 import (
+	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"crypto/ed25519"
@@ -21,8 +22,7 @@ import (
 )
 
 const (
-	// refetchPace is the least time between two fetches of one key set, however many tokens with unknown key ids come.
-	refetchPace = 10 * time.Second
+	defaultPace = 10 * time.Second
 	// retryPace is the time to the next fetch after one that failed.
 	retryPace = 30 * time.Second
 	// maxKeys is how many keys of a set are kept.
@@ -42,14 +42,15 @@ type KeySetOptions struct {
 	Refresh time.Duration
 	// MaxStale is for how long keys count that could not be fetched again, at least Refresh. Then none count.
 	MaxStale time.Duration
+	// Pace is the least time between two fetches, however many tokens with unknown key ids come. Default: 10 s.
+	Pace time.Duration
 }
 
 // KeySet is the keys of one issuer, kept up to date. Safe for concurrent use. Nobody who has a token whose key is there
 // ever waits for the issuer.
 type KeySet struct {
-	o    KeySetOptions
-	pace time.Duration
-	now  func() time.Time
+	o   KeySetOptions
+	now func() time.Time
 
 	ring            atomic.Pointer[ring]
 	fetched, failed atomic.Uint64 // fetches
@@ -67,7 +68,10 @@ type ring struct {
 }
 
 // NewKeySet asks nobody yet.
-func NewKeySet(o KeySetOptions) *KeySet { return &KeySet{o: o, pace: refetchPace, now: time.Now} }
+func NewKeySet(o KeySetOptions) *KeySet {
+	o.Pace = cmp.Or(o.Pace, defaultPace)
+	return &KeySet{o: o, now: time.Now}
+}
 
 // Run keeps the keys up to date until ctx ends.
 func (k *KeySet) Run(ctx context.Context) {
@@ -118,7 +122,7 @@ func (k *KeySet) fetchAgain() <-chan struct{} {
 	if k.running != nil {
 		return k.running
 	}
-	if !k.tried.IsZero() && k.now().Sub(k.tried) < k.pace {
+	if !k.tried.IsZero() && k.now().Sub(k.tried) < k.o.Pace {
 		return nil
 	}
 	k.tried = k.now()
@@ -225,7 +229,7 @@ func (k *KeySet) text(ctx context.Context) ([]byte, error) {
 			return nil, err
 		}
 		defer func() { _ = f.Close() }()
-		return io.ReadAll(io.LimitReader(f, maxAnswer))
+		return io.ReadAll(io.LimitReader(f, maxBody))
 	}
 	address := k.o.URL
 	if address == "" {

@@ -8,7 +8,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/go-jose/go-jose/v4/jwt"
+	josejwt "github.com/go-jose/go-jose/v4/jwt"
 )
 
 // KubernetesOptions say which service account tokens count.
@@ -99,7 +99,7 @@ func (k *Kubernetes) unproven(_ context.Context, token string) (*Evidence, error
 	if err != nil {
 		return nil, err
 	}
-	var claims jwt.Claims
+	var claims josejwt.Claims
 	var all map[string]any
 	if parsed.UnsafeClaimsWithoutVerification(&claims, &all) != nil {
 		return nil, rejected(CheckFormat, "its claims are not those of a JWT (RFC 7519)")

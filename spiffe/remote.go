@@ -16,8 +16,8 @@ import (
 const (
 	// remoteTimeout bounds one request to an issuer or an API server, its answer included.
 	remoteTimeout = 5 * time.Second
-	// maxAnswer is the largest answer that is read, in bytes. Key sets have some KiB.
-	maxAnswer = 1 << 20
+	// maxBody is the largest answer that is read, in bytes. Key sets have some KiB.
+	maxBody = 1 << 20
 )
 
 // Remote is how a server is asked: an issuer, or the API server of Kubernetes. Its files are read anew for each request.
@@ -59,12 +59,12 @@ func (r Remote) ask(ctx context.Context, method, url string, body []byte) ([]byt
 	if answer.StatusCode != http.StatusOK && answer.StatusCode != http.StatusCreated {
 		return nil, &statusError{method, url, answer.StatusCode}
 	}
-	text, err := io.ReadAll(io.LimitReader(answer.Body, maxAnswer+1))
+	text, err := io.ReadAll(io.LimitReader(answer.Body, maxBody+1))
 	if err != nil {
 		return nil, fmt.Errorf("read the answer of %s: %w", url, err)
 	}
-	if len(text) > maxAnswer {
-		return nil, fmt.Errorf("the answer of %s has more than %d bytes", url, maxAnswer)
+	if len(text) > maxBody {
+		return nil, fmt.Errorf("the answer of %s has more than %d bytes", url, maxBody)
 	}
 	return text, nil
 }

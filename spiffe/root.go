@@ -99,7 +99,7 @@ func readBelowRoot(pid uint32, file string) ([]byte, error) {
 	if st.Size > maxTokenFile {
 		return nil, fmt.Errorf("it has %d bytes, more than %d", st.Size, maxTokenFile)
 	}
-	who, err := credentialsOf(pid)
+	who, err := readRightsOf(pid)
 	if err != nil {
 		return nil, err
 	}
@@ -132,23 +132,23 @@ func openBelow(root int, file string) (int, error) {
 	return -1, unix.EAGAIN
 }
 
-// credentials are those a process opens files with.
-type credentials struct {
+// readRights are those a process opens files with.
+type readRights struct {
 	uid, gid uint32
 	groups   []uint32
 }
 
-func credentialsOf(pid uint32) (credentials, error) {
+func readRightsOf(pid uint32) (readRights, error) {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
-		return credentials{}, err
+		return readRights{}, err
 	}
-	return parseCredentials(string(text))
+	return parseReadRights(string(text))
 }
 
-// parseCredentials reads the text of /proc/PID/status (proc_pid_status(5)): of Uid and Gid the fourth is that for files.
-func parseCredentials(text string) (credentials, error) {
-	var c credentials
+// parseReadRights reads the text of /proc/PID/status (proc_pid_status(5)): of Uid and Gid the fourth is that for files.
+func parseReadRights(text string) (readRights, error) {
+	var c readRights
 	seen := map[string]bool{}
 	lines := bufio.NewScanner(strings.NewReader(text))
 	for lines.Scan() {
@@ -161,7 +161,7 @@ func parseCredentials(text string) (credentials, error) {
 		for word := range strings.FieldsSeq(value) {
 			id, err := strconv.ParseUint(word, 10, 32)
 			if err != nil {
-				return credentials{}, fmt.Errorf("/proc/PID/status: %q is no id", word)
+				return readRights{}, fmt.Errorf("/proc/PID/status: %q is no id", word)
 			}
 			ids = append(ids, uint32(id))
 		}
@@ -169,7 +169,7 @@ func parseCredentials(text string) (credentials, error) {
 		case name == "Groups":
 			c.groups = ids
 		case len(ids) != 4:
-			return credentials{}, fmt.Errorf("/proc/PID/status: %d ids of %s, want 4", len(ids), name)
+			return readRights{}, fmt.Errorf("/proc/PID/status: %d ids of %s, want 4", len(ids), name)
 		case name == "Uid":
 			c.uid = ids[3]
 		default:
@@ -177,14 +177,14 @@ func parseCredentials(text string) (credentials, error) {
 		}
 	}
 	if !seen["Uid"] || !seen["Gid"] || !seen["Groups"] {
-		return credentials{}, errors.New("/proc/PID/status: Uid, Gid or Groups is missing")
+		return readRights{}, errors.New("/proc/PID/status: Uid, Gid or Groups is missing")
 	}
 	return c, lines.Err()
 }
 
 // mayRead goes by the file's mode, as inode(7) has it: only the first class that fits counts. Capabilities of other
 // users than root, and access control lists, do not.
-func (c credentials) mayRead(st unix.Stat_t) bool {
+func (c readRights) mayRead(st unix.Stat_t) bool {
 	switch {
 	case c.uid == 0:
 		return true

@@ -15,7 +15,7 @@ import (
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
-	"github.com/go-jose/go-jose/v4/jwt"
+	josejwt "github.com/go-jose/go-jose/v4/jwt"
 	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
@@ -124,7 +124,7 @@ type verifiedKey struct {
 // at each time. It holds for as long as key is one of the issuer's.
 type verified struct {
 	key    jose.JSONWebKey
-	claims jwt.Claims
+	claims josejwt.Claims
 	all    map[string]any
 	id     spiffeid.ID
 }
@@ -210,7 +210,7 @@ func (t *Tokens) evidence(ctx context.Context, token, name string, audiences []s
 	if err != nil {
 		return nil, err
 	}
-	var claims jwt.Claims
+	var claims josejwt.Claims
 	if parsed.UnsafeClaimsWithoutVerification(&claims) != nil {
 		return nil, rejected(CheckFormat, "its claims are not those of a JWT (RFC 7519)")
 	}
@@ -232,7 +232,7 @@ func (t *Tokens) evidence(ctx context.Context, token, name string, audiences []s
 
 // issuerOf picks the issuer by what a token says itself. Nothing of it is believed before that issuer's key has proven
 // it.
-func (t *Tokens) issuerOf(claims jwt.Claims) (*issuer, error) {
+func (t *Tokens) issuerOf(claims josejwt.Claims) (*issuer, error) {
 	if claims.Issuer != "" {
 		if i := t.find(claims.Issuer); i != nil && i.Issuer.Issuer != "" {
 			return i, nil
@@ -258,11 +258,11 @@ var allAlgorithms = func() (all []jose.SignatureAlgorithm) {
 var types = []string{"", "jwt", "jose", "at+jwt", "application/at+jwt"}
 
 // parseToken looks at all that needs no key.
-func parseToken(token string) (*jwt.JSONWebToken, error) {
+func parseToken(token string) (*josejwt.JSONWebToken, error) {
 	if len(token) > maxToken {
 		return nil, rejected(CheckSize, "it has %d bytes, more than %d", len(token), maxToken)
 	}
-	parsed, err := jwt.ParseSigned(token, allAlgorithms)
+	parsed, err := josejwt.ParseSigned(token, allAlgorithms)
 	if unexpected := new(jose.ErrUnexpectedSignatureAlgorithm); errors.As(err, &unexpected) {
 		return nil, rejected(CheckAlgorithm, "%.20q is never accepted", unexpected.Got)
 	}
@@ -278,7 +278,7 @@ func parseToken(token string) (*jwt.JSONWebToken, error) {
 }
 
 // signed proves the token's signature, or remembers that it was proven.
-func (t *Tokens) signed(ctx context.Context, i *issuer, token string, parsed *jwt.JSONWebToken) (verified, error) {
+func (t *Tokens) signed(ctx context.Context, i *issuer, token string, parsed *josejwt.JSONWebToken) (verified, error) {
 	header := parsed.Headers[0]
 	if !slices.Contains(i.algorithms, jose.SignatureAlgorithm(header.Algorithm)) {
 		return verified{}, rejected(CheckAlgorithm, "%s is not allowed for %s", header.Algorithm, i.name())
@@ -370,7 +370,7 @@ func (i *issuer) accept(v verified, now time.Time, audiences []string) (*Evidenc
 const logoutEvent = "http://schemas.openid.net/event/backchannel-logout"
 
 // checkTimes also tells when the token ends.
-func (i *issuer) checkTimes(c jwt.Claims, now time.Time) (expires time.Time, err error) {
+func (i *issuer) checkTimes(c josejwt.Claims, now time.Time) (expires time.Time, err error) {
 	if c.Expiry == nil {
 		return expires, rejected(CheckClaim, "it has no exp")
 	}
@@ -401,7 +401,7 @@ func (i *issuer) checkTimes(c jwt.Claims, now time.Time) (expires time.Time, err
 	return expires, nil
 }
 
-func stamp(d *jwt.NumericDate) string { return d.Time().UTC().Format(time.RFC3339) }
+func stamp(d *josejwt.NumericDate) string { return d.Time().UTC().Format(time.RFC3339) }
 
 func (t *Tokens) count(check string) {
 	t.mu.Lock()
