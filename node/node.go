@@ -40,6 +40,7 @@ type Node struct {
 	nri      *nri // nil where no container runtime is asked
 	attest   *spiffe.Attestor
 	spire    *spiffe.SPIRE // nil where no SPIRE agent is asked
+	issuers  *issuers
 	started  time.Time
 	manager  serviceManager
 	taken    func() error  // tells the node before this one that it may end
@@ -102,8 +103,11 @@ func openNode(c Config, log zerolog.Logger, manager serviceManager, before inher
 		return nil, err
 	}
 	n.closers = append(n.closers, file)
+	if err := n.openIssuers(); err != nil {
+		return nil, err
+	}
 	n.enforcer = enforcer.New(enforcer.Options{Policy: rules, Audit: lines, MaxFrame: int(c.Limits.MaxFrame),
-		Memory: int64(c.Limits.Memory), Metrics: n.registry, CloseOnLoss: c.Attestation.OnLoss == LossClose})
+		Memory: int64(c.Limits.Memory), Metrics: n.registry, Tokens: n.logins(), CloseOnLoss: c.Attestation.OnLoss == LossClose})
 	if strings.HasPrefix(c.Node.Pins, BPFFS+"/") {
 		if err := MountBPFFS(BPFFS); err != nil {
 			return nil, err
@@ -217,6 +221,7 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 	}
 	n.conns.Go(func() { n.watch(ctx) })
 	n.conns.Go(func() { n.guard(ctx) })
+	n.conns.Go(func() { n.issuers.Run(ctx) })
 	if n.nri != nil {
 		n.conns.Go(func() { n.nri.run(ctx) })
 	}
@@ -476,7 +481,8 @@ func (k kernelCounters) Collect(ch chan<- prometheus.Metric) {
 	}
 }
 
-// serveMetrics serves /metrics, /healthz (the process runs) and /readyz (every cluster was reached).
+// serveMetrics serves /metrics, /healthz (the process runs) and /readyz (every cluster was reached, and every issuer's
+// keys are there).
 func (n *Node) serveMetrics(ctx context.Context, failed chan<- error) error {
 	if n.config.Metrics.Listen == "" {
 		return nil
@@ -505,6 +511,10 @@ func (n *Node) readyz(w http.ResponseWriter, _ *http.Request) {
 			http.Error(w, fmt.Sprintf("cluster %s: %v", s.Name, s.Err), http.StatusServiceUnavailable)
 			return
 		}
+	}
+	if err := n.issuers.ready(); err != nil {
+		http.Error(w, err.Error(), http.StatusServiceUnavailable)
+		return
 	}
 	_, _ = io.WriteString(w, "ready\n")
 }
