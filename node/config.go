@@ -30,6 +30,16 @@ type Config struct {
 	Clusters []ClusterConfig `yaml:"clusters" strict:"required"`
 	// The first rule that matches wins. Default: none, every workload is unidentified.
 	Identities Identities `yaml:"identities"`
+	// The SPIRE agent of this host. Default: none is asked.
+	SPIRE *SPIREConfig `yaml:"spire"`
+	// Issuers whose tokens count. Default: none.
+	OIDC []IssuerConfig `yaml:"oidc"`
+	// Service account tokens of pods. Default: none counts.
+	Kubernetes *KubernetesConfig `yaml:"kubernetes"`
+	// Files of workloads with tokens; the first that a workload has counts. Default: none.
+	TokenFiles []TokenFileConfig `yaml:"token-file"`
+	// Which sources are asked who a workload is.
+	Attestation AttestationConfig `yaml:"attestation"`
 	// Policy files. Default: none, all is denied.
 	Policies []string      `yaml:"policies"`
 	Audit    AuditConfig   `yaml:"audit"`
@@ -187,7 +197,8 @@ func Load(file string) (Config, error) {
 		Node: HostConfig{Pins: filepath.Join(BPFFS, "klamm"), Socket: "/run/klamm/klamm.sock"},
 		Intercept: InterceptConfig{Ports: []uint16{9092}, OnEnforcerDown: Refuse, OnUnenrolled: Refuse,
 			Established: EstablishedConfig{Mode: TakeOver, Rate: 50}, Firewall: true},
-		Audit: AuditConfig{File: "-"},
+		Attestation: AttestationConfig{OnLoss: LossClose, Timeout: 5 * time.Second},
+		Audit:       AuditConfig{File: "-"},
 		Limits: LimitsConfig{MaxFrame: 100 << 20, Memory: 512 << 20, Connections: 10_000,
 			DialTimeout: 5 * time.Second, Drain: 30 * time.Second},
 		Metrics: MetricsConfig{Listen: "127.0.0.1:9464"},
@@ -211,6 +222,10 @@ func Load(file string) (Config, error) {
 
 func (c *Config) paths() []*string {
 	paths := []*string{&c.Node.Cgroup, &c.Node.Pins, &c.Node.Socket, &c.Intercept.NRI, &c.Audit.File}
+	if c.SPIRE != nil {
+		paths = append(paths, &c.SPIRE.Socket, &c.SPIRE.WorkloadAPI)
+	}
+	paths = append(paths, c.tokenPaths()...)
 	for i := range c.Policies {
 		paths = append(paths, &c.Policies[i])
 	}
@@ -261,7 +276,8 @@ func (c *Config) UnmarshalYAML(node *yaml.Node) error {
 	type plain Config
 	return section(node, (*plain)(c), func() []check {
 		clusters := key(node, "clusters")
-		checks := []check{{len(c.Clusters) > 0, clusters, "no cluster: give name and bootstrap of at least one"}}
+		checks := append(slices.Concat(c.sources(node), c.issuers(node)), check{len(c.Clusters) > 0, clusters,
+			"no cluster: give name and bootstrap of at least one"})
 		for i, b := range c.Clusters {
 			for _, a := range c.Clusters[:i] {
 				at := clusters.Content[i]

@@ -30,9 +30,6 @@ import (
 	"klamm/spiffe"
 )
 
-// identifyTimeout bounds telling who connected; an executable on a file system that hangs is not waited for.
-const identifyTimeout = 5 * time.Second
-
 // Node is one running agent.
 type Node struct {
 	config   Config
@@ -41,6 +38,8 @@ type Node struct {
 	clusters Clusters
 	nri      *nri // nil where no container runtime is asked
 	attest   *spiffe.Attestor
+	spire    *spiffe.SPIRE // nil where no SPIRE agent is asked
+	issuers  *issuers
 	started  time.Time
 	manager  serviceManager
 	taken    func() error  // tells the node before this one that it may end
@@ -103,8 +102,11 @@ func openNode(c Config, log zerolog.Logger, manager serviceManager, before inher
 		return nil, err
 	}
 	n.closers = append(n.closers, file)
+	if err := n.openIssuers(); err != nil {
+		return nil, err
+	}
 	n.enforcer = enforcer.New(enforcer.Options{Policy: rules, Audit: lines, MaxFrame: int(c.Limits.MaxFrame),
-		Memory: int64(c.Limits.Memory), Metrics: n.registry})
+		Memory: int64(c.Limits.Memory), Metrics: n.registry, Tokens: n.logins(), CloseOnLoss: c.Attestation.OnLoss == LossClose})
 	if strings.HasPrefix(c.Node.Pins, BPFFS+"/") {
 		if err := MountBPFFS(BPFFS); err != nil {
 			return nil, err
@@ -125,11 +127,12 @@ func openNode(c Config, log zerolog.Logger, manager serviceManager, before inher
 		workloads = n.nri
 	}
 	processes := spiffe.NewProcesses(tasks{n.redirect}, cgroups, workloads)
-	static, err := spiffe.NewStatic(c.Identities, processes)
-	if err != nil {
+	if err := n.openSPIRE(processes); err != nil {
 		return nil, err
 	}
-	n.attest = spiffe.NewAttestor(processes, static)
+	if n.attest, err = n.openAttestor(processes); err != nil {
+		return nil, err
+	}
 	n.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		kernelCounters{n.redirect})
 	if n.kept, err = n.redirect.Ports(); err != nil {
@@ -216,6 +219,7 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 	}
 	n.conns.Go(func() { n.watch(ctx) })
 	n.conns.Go(func() { n.guard(ctx) })
+	n.conns.Go(func() { n.issuers.Run(ctx) })
 	if n.nri != nil {
 		n.conns.Go(func() { n.nri.run(ctx) })
 	}
@@ -407,7 +411,7 @@ func (n *Node) find(ctx context.Context, r bpf.Record) (Destination, error) {
 }
 
 func (n *Node) identify(ctx context.Context, r bpf.Record) (*spiffe.Attested, error) {
-	ctx, cancel := context.WithTimeout(ctx, identifyTimeout)
+	ctx, cancel := context.WithTimeout(ctx, n.config.Attestation.Timeout)
 	defer cancel()
 	if n.nri != nil {
 		select { // a node that has just started does not know yet what the pods are called that were there before
@@ -461,7 +465,8 @@ func (k kernelCounters) Collect(ch chan<- prometheus.Metric) {
 	}
 }
 
-// serveMetrics serves /metrics, /healthz (the process runs) and /readyz (every cluster was reached).
+// serveMetrics serves /metrics, /healthz (the process runs) and /readyz (every cluster was reached, and every issuer's
+// keys are there).
 func (n *Node) serveMetrics(ctx context.Context, failed chan<- error) error {
 	if n.config.Metrics.Listen == "" {
 		return nil
@@ -490,6 +495,10 @@ func (n *Node) readyz(w http.ResponseWriter, _ *http.Request) {
 			http.Error(w, fmt.Sprintf("cluster %s: %v", s.Name, s.Err), http.StatusServiceUnavailable)
 			return
 		}
+	}
+	if err := n.issuers.ready(); err != nil {
+		http.Error(w, err.Error(), http.StatusServiceUnavailable)
+		return
 	}
 	_, _ = io.WriteString(w, "ready\n")
 }
