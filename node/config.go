@@ -30,6 +30,8 @@ type Config struct {
 	Clusters []ClusterConfig `yaml:"clusters" strict:"required"`
 	// The first rule that matches wins. Default: none, every workload is unidentified.
 	Identities Identities `yaml:"identities"`
+	// Which sources are asked who a workload is.
+	Attestation AttestationConfig `yaml:"attestation"`
 	// Policy files. Default: none, all is denied.
 	Policies []string      `yaml:"policies"`
 	Audit    AuditConfig   `yaml:"audit"`
@@ -187,7 +189,8 @@ func Load(file string) (Config, error) {
 		Node: HostConfig{Pins: filepath.Join(BPFFS, "klamm"), Socket: "/run/klamm/klamm.sock"},
 		Intercept: InterceptConfig{Ports: []uint16{9092}, OnEnforcerDown: Refuse, OnUnenrolled: Refuse,
 			Established: EstablishedConfig{Mode: TakeOver, Rate: 50}, Firewall: true},
-		Audit: AuditConfig{File: "-"},
+		Attestation: AttestationConfig{OnLoss: LossClose, Timeout: 5 * time.Second},
+		Audit:       AuditConfig{File: "-"},
 		Limits: LimitsConfig{MaxFrame: 100 << 20, Memory: 512 << 20, Connections: 10_000,
 			DialTimeout: 5 * time.Second, Drain: 30 * time.Second},
 		Metrics: MetricsConfig{Listen: "127.0.0.1:9464"},
@@ -261,7 +264,8 @@ func (c *Config) UnmarshalYAML(node *yaml.Node) error {
 	type plain Config
 	return section(node, (*plain)(c), func() []check {
 		clusters := key(node, "clusters")
-		checks := []check{{len(c.Clusters) > 0, clusters, "no cluster: give name and bootstrap of at least one"}}
+		checks := append(c.sources(node), check{len(c.Clusters) > 0, clusters,
+			"no cluster: give name and bootstrap of at least one"})
 		for i, b := range c.Clusters {
 			for _, a := range c.Clusters[:i] {
 				at := clusters.Content[i]

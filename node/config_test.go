@@ -42,8 +42,9 @@ func TestTheSmallestConfigurationHasSafeDefaults(t *testing.T) {
 		Node: HostConfig{Name: host, Pins: "/sys/fs/bpf/klamm", Socket: "/run/klamm/klamm.sock"},
 		Intercept: InterceptConfig{Ports: []uint16{9092}, OnEnforcerDown: Refuse, OnUnenrolled: Refuse,
 			Established: EstablishedConfig{Mode: TakeOver, Rate: 50}, Firewall: true},
-		Clusters: []ClusterConfig{{Name: "payments", Bootstrap: []string{"broker-1.example:9092"}}},
-		Audit:    AuditConfig{File: "-"},
+		Clusters:    []ClusterConfig{{Name: "payments", Bootstrap: []string{"broker-1.example:9092"}}},
+		Attestation: AttestationConfig{OnLoss: LossClose, Timeout: 5 * time.Second},
+		Audit:       AuditConfig{File: "-"},
 		Limits: LimitsConfig{MaxFrame: 100 << 20, Memory: 512 << 20, Connections: 10000,
 			DialTimeout: 5 * time.Second, Drain: 30 * time.Second},
 		Metrics: MetricsConfig{Listen: "127.0.0.1:9464"},
@@ -85,8 +86,9 @@ func TestEveryKeyIsReadAndPathsAreRelativeToTheFile(t *testing.T) {
 				Exe: "/usr/bin/orders", ExeSHA256: strings.Repeat("ab", 32), Cgroup: "/system.slice/*", Unit: "orders.service"},
 			{SPIFFEID: "spiffe://example.test/ns/shop/sa/report", Namespace: "shop", Pod: "report-*", Container: "app"},
 		},
-		Policies: []string{"testdata/policy.yaml", "/etc/klamm/more.yaml"},
-		Audit:    AuditConfig{File: "testdata/audit.jsonl"},
+		Attestation: AttestationConfig{Sources: []string{"static"}, OnLoss: LossDeny, Timeout: 2 * time.Second},
+		Policies:    []string{"testdata/policy.yaml", "/etc/klamm/more.yaml"},
+		Audit:       AuditConfig{File: "testdata/audit.jsonl"},
 		Limits: LimitsConfig{MaxFrame: 1 << 20, Memory: 64 << 20, Connections: 100,
 			DialTimeout: 1500 * time.Millisecond, Drain: time.Minute},
 	}
@@ -200,6 +202,17 @@ func TestWhatIsWrongIsSaidWithLineAndColumn(t *testing.T) {
 			`4:41: exe-sha256: "abcd" is not 64 hex digits`},
 		"a uid below 0": {
 			smallest + "identities: [{spiffe-id: spiffe://a/b, uid: -1}]", `2:45: -1 is out of range`},
+		"a source that there is not": {
+			smallest + "attestation: {sources: [statics]}", `2:25: unknown source "statics", did you mean "static"?`},
+		"a source twice": {
+			smallest + "identities: [{spiffe-id: spiffe://a/b, uid: 1}]\nattestation: {sources: [static, static]}",
+			`3:33: static is given twice`},
+		"a source without its section": {
+			smallest + "attestation: {sources: [static]}", `2:25: static needs the section "identities", which is missing`},
+		"a loss mode that there is not": {
+			smallest + "attestation: {on-loss: drop}", `2:24: unknown mode "drop" (allowed: close, deny)`},
+		"no time to attest": {
+			smallest + "attestation: {timeout: 0s}", `2:24: want a duration over 0, like 5s`},
 		"a size without a unit's name": {
 			smallest + "limits: {memory: 1 GB}", `2:18: "1 GB" is not a size: write it as 4096, 100KB or 64MiB`},
 		"a frame below 1KiB": {

@@ -30,9 +30,6 @@ import (
 	"klamm/spiffe"
 )
 
-// identifyTimeout bounds telling who connected; an executable on a file system that hangs is not waited for.
-const identifyTimeout = 5 * time.Second
-
 // Node is one running agent.
 type Node struct {
 	config   Config
@@ -104,7 +101,7 @@ func openNode(c Config, log zerolog.Logger, manager serviceManager, before inher
 	}
 	n.closers = append(n.closers, file)
 	n.enforcer = enforcer.New(enforcer.Options{Policy: rules, Audit: lines, MaxFrame: int(c.Limits.MaxFrame),
-		Memory: int64(c.Limits.Memory), Metrics: n.registry})
+		Memory: int64(c.Limits.Memory), Metrics: n.registry, CloseOnLoss: c.Attestation.OnLoss == LossClose})
 	if strings.HasPrefix(c.Node.Pins, BPFFS+"/") {
 		if err := MountBPFFS(BPFFS); err != nil {
 			return nil, err
@@ -124,12 +121,9 @@ func openNode(c Config, log zerolog.Logger, manager serviceManager, before inher
 		n.nri = newNRI(c.Intercept.NRI, n.redirect.enrolled, n.registry, log)
 		workloads = n.nri
 	}
-	processes := spiffe.NewProcesses(tasks{n.redirect}, cgroups, workloads)
-	static, err := spiffe.NewStatic(c.Identities, processes)
-	if err != nil {
+	if n.attest, err = n.openAttestor(spiffe.NewProcesses(tasks{n.redirect}, cgroups, workloads)); err != nil {
 		return nil, err
 	}
-	n.attest = spiffe.NewAttestor(processes, static)
 	n.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		kernelCounters{n.redirect})
 	if n.kept, err = n.redirect.Ports(); err != nil {
@@ -407,7 +401,7 @@ func (n *Node) find(ctx context.Context, r bpf.Record) (Destination, error) {
 }
 
 func (n *Node) identify(ctx context.Context, r bpf.Record) (*spiffe.Attested, error) {
-	ctx, cancel := context.WithTimeout(ctx, identifyTimeout)
+	ctx, cancel := context.WithTimeout(ctx, n.config.Attestation.Timeout)
 	defer cancel()
 	if n.nri != nil {
 		select { // a node that has just started does not know yet what the pods are called that were there before
