@@ -18,6 +18,8 @@ type source struct {
 // sources are in the order in which their evidence counts by default.
 func sources() []source {
 	return []source{
+		{spiffe.SourceSPIRE, "spire", func(c *Config) bool { return c.SPIRE != nil },
+			func(n *Node, _ *spiffe.Processes) (spiffe.Source, error) { return n.spire, nil }},
 		{spiffe.SourceStatic, "identities", func(c *Config) bool { return len(c.Identities) > 0 },
 			func(n *Node, p *spiffe.Processes) (spiffe.Source, error) {
 				return spiffe.NewStatic(n.config.Identities, p)

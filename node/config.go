@@ -30,6 +30,8 @@ type Config struct {
 	Clusters []ClusterConfig `yaml:"clusters" strict:"required"`
 	// The first rule that matches wins. Default: none, every workload is unidentified.
 	Identities Identities `yaml:"identities"`
+	// The SPIRE agent of this host. Default: none is asked.
+	SPIRE *SPIREConfig `yaml:"spire"`
 	// Which sources are asked who a workload is.
 	Attestation AttestationConfig `yaml:"attestation"`
 	// Policy files. Default: none, all is denied.
@@ -214,6 +216,9 @@ func Load(file string) (Config, error) {
 
 func (c *Config) paths() []*string {
 	paths := []*string{&c.Node.Cgroup, &c.Node.Pins, &c.Node.Socket, &c.Intercept.NRI, &c.Audit.File}
+	if c.SPIRE != nil {
+		paths = append(paths, &c.SPIRE.Socket, &c.SPIRE.WorkloadAPI)
+	}
 	for i := range c.Policies {
 		paths = append(paths, &c.Policies[i])
 	}

@@ -38,6 +38,7 @@ type Node struct {
 	clusters Clusters
 	nri      *nri // nil where no container runtime is asked
 	attest   *spiffe.Attestor
+	spire    *spiffe.SPIRE // nil where no SPIRE agent is asked
 	started  time.Time
 	manager  serviceManager
 	taken    func() error  // tells the node before this one that it may end
@@ -121,7 +122,11 @@ func openNode(c Config, log zerolog.Logger, manager serviceManager, before inher
 		n.nri = newNRI(c.Intercept.NRI, n.redirect.enrolled, n.registry, log)
 		workloads = n.nri
 	}
-	if n.attest, err = n.openAttestor(spiffe.NewProcesses(tasks{n.redirect}, cgroups, workloads)); err != nil {
+	processes := spiffe.NewProcesses(tasks{n.redirect}, cgroups, workloads)
+	if err := n.openSPIRE(processes); err != nil {
+		return nil, err
+	}
+	if n.attest, err = n.openAttestor(processes); err != nil {
 		return nil, err
 	}
 	n.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),

@@ -18,9 +18,10 @@ type Status struct {
 	Namespaces  []NamespaceStatus `json:"namespaces"` // in which the node listens
 	Exempt      []ExemptStatus    `json:"exempt"`
 	Clusters    []ClusterStatus   `json:"clusters"`
-	NRI         *NRIStatus        `json:"nri,omitempty"` // where intercept.nri is given
-	Connections int               `json:"connections"`   // open now
-	Counters    map[string]uint64 `json:"counters"`      // see bpf.Programs.Counters
+	NRI         *NRIStatus        `json:"nri,omitempty"`   // where intercept.nri is given
+	SPIRE       *SPIREStatus      `json:"spire,omitempty"` // where spire is given
+	Connections int               `json:"connections"`     // open now
+	Counters    map[string]uint64 `json:"counters"`        // see bpf.Programs.Counters
 }
 
 // NamespaceStatus is a network namespace in which the node listens.
@@ -61,6 +62,10 @@ func (n *Node) Status() (Status, error) {
 	if n.nri != nil {
 		nri := n.nri.status()
 		s.NRI = &nri
+	}
+	if n.spire != nil {
+		spire := spireStatus(n.spire.State())
+		s.SPIRE = &spire
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()

@@ -47,6 +47,8 @@ func NewAttestor(processes *Processes, sources ...Source) *Attestor {
 // record is one program image of one process, shared by all its connections.
 type record struct {
 	key     recordKey
+	subject subject
+	tokens  tokens
 	current atomic.Pointer[Identity]
 	settled chan struct{} // closed when every source has told, or one has failed
 	stop    context.CancelFunc
@@ -138,7 +140,7 @@ func (a *Attestor) acquire(key recordKey, p subject) *record {
 	r := a.known[key]
 	if r == nil {
 		ctx, stop := context.WithCancel(context.Background())
-		r = &record{key: key, settled: make(chan struct{}), stop: stop, told: make([]bool, len(a.sources)),
+		r = &record{key: key, subject: p, tokens: newTokens(), settled: make(chan struct{}), stop: stop, told: make([]bool, len(a.sources)),
 			evidence: make([]*Evidence, len(a.sources)), watchers: map[*func()]struct{}{}}
 		r.current.Store(&Identity{Process: p.Process})
 		a.known[key] = r

@@ -1,12 +1,14 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -202,9 +204,34 @@ func checkConfig(ctx context.Context, file string, wait time.Duration) []finding
 		fmt.Sprintf("%d files are valid", len(config.Policies)), err))
 	ctx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
+	if config.SPIRE != nil {
+		findings = append(findings, found("SPIRE agent", "klamm status says whether the node that runs can do it: the agent "+
+			"knows it by its process, and may not know this one")(checkSPIRE(ctx, config)))
+	}
 	for _, c := range config.Clusters {
 		probed := found("cluster "+c.Name, "check bootstrap, tls and credentials, and the route from this host")
 		findings = append(findings, probed(node.ProbeCluster(ctx, c, zerolog.Nop())))
 	}
 	return findings
+}
+
+// checkSPIRE asks the node that runs, and the agent itself where there is none.
+func checkSPIRE(ctx context.Context, config node.Config) (string, error) {
+	var status node.Status
+	asked := "the node"
+	err := node.Ask(ctx, config.Node.Socket, "/v1/status", &status)
+	if err != nil || status.SPIRE == nil {
+		asked = "this command"
+		spire, err := node.ProbeSPIRE(ctx, *config.SPIRE)
+		if err != nil {
+			return "", err
+		}
+		status.SPIRE = &spire
+	}
+	s := status.SPIRE
+	if !s.Serves || s.OwnError != "" {
+		return "", errors.New(cmp.Or(s.Error, s.OwnError))
+	}
+	return fmt.Sprintf("%s is %s until %s, may ask for workloads by the %s API at %s, and can verify SVIDs of %s", asked,
+		s.ID, s.Expires.Format(time.RFC3339), s.API, s.Socket, strings.Join(s.TrustOf, ", ")), nil
 }

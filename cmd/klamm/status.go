@@ -88,6 +88,10 @@ func printStatus(out io.Writer, s node.Status) error {
 	if r := s.NRI; r != nil {
 		line("runtime", "%s", cmp.Or(r.Error, fmt.Sprintf("tells of %d pods", r.Pods)))
 	}
+	if a := s.SPIRE; a != nil {
+		line("SPIRE agent", "%s", cmp.Or(a.Error, fmt.Sprintf("tells of %d processes, %d have an SVID", a.Followed, a.Identified)))
+		line("node's identity", "%s", cmp.Or(a.OwnError, fmt.Sprintf("%s until %s", a.ID, a.Expires.Format(time.RFC3339))))
+	}
 	for _, e := range s.Exempt {
 		line("exempt", "%s, %d connects", cmp.Or(e.Unit, e.Cgroup, fmt.Sprintf("cgroup %d", e.ID)), e.Connects)
 	}

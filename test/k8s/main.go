@@ -37,7 +37,7 @@ const (
 )
 
 func outside(ctx context.Context) int {
-	dir, err := kubernetes.Enter(ctx, images(ctx), "inside")
+	dir, err := kubernetes.Enter(ctx, images(ctx), os.Stdout, "inside")
 	var exit *exec.ExitError
 	switch {
 	case err == nil:

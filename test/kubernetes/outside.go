@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -24,8 +25,11 @@ const endTimeout = 60 * time.Second // of the program inside, once it was told t
 
 // Enter runs this program again, with these arguments and then those of [New], in a mount and a network namespace of
 // its own. On return nothing is left of the node; its logs are in dir, unless all went well. prepare may be nil; it
-// writes more into dir, and tells of images that the node is to have beside ClientImage.
-func Enter(ctx context.Context, prepare func(dir string) ([]*Image, error), args ...string) (dir string, err error) {
+// writes more into dir, and tells of images that the node is to have beside ClientImage. What the program inside prints
+// goes to out.
+func Enter(
+	ctx context.Context, prepare func(dir string) ([]*Image, error), out io.Writer, args ...string,
+) (dir string, err error) {
 	if err := sweep(); err != nil {
 		fmt.Fprintln(os.Stderr, "remove what an earlier run left:", err)
 	}
@@ -41,14 +45,14 @@ func Enter(ctx context.Context, prepare func(dir string) ([]*Image, error), args
 	if err = makeImages(ctx, dir, more); err != nil {
 		return dir, err
 	}
-	if err = runInside(ctx, dir, args); err != nil {
+	if err = runInside(ctx, dir, out, args); err != nil {
 		return dir, err
 	}
 	return dir, os.RemoveAll(dir)
 }
 
 // runInside runs this program inside, with the node's directory and cgroup.
-func runInside(ctx context.Context, dir string, args []string) (err error) {
+func runInside(ctx context.Context, dir string, out io.Writer, args []string) (err error) {
 	c, err := newCgroup(filepath.Base(dir))
 	defer func() { err = errors.Join(err, c.remove()) }()
 	if err != nil {
@@ -56,7 +60,7 @@ func runInside(ctx context.Context, dir string, args []string) (err error) {
 	}
 	cmd := exec.Command("/proc/self/exe", slices.Concat(args, []string{dir, c.unified})...)
 	cmd.Env = append(os.Environ(), "TMPDIR="+dir) // the broker's data goes with the rest
-	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	cmd.Stdout, cmd.Stderr = out, os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWNET, Setpgid: true, Pdeathsig: syscall.SIGKILL,
 	}
