@@ -19,10 +19,11 @@ type Status struct {
 	Namespaces  []NamespaceStatus `json:"namespaces"` // in which the node listens
 	Exempt      []ExemptStatus    `json:"exempt"`
 	Clusters    []ClusterStatus   `json:"clusters"`
-	NRI         *NRIStatus        `json:"nri,omitempty"`         // where intercept.nri is given
-	SPIRE       *SPIREStatus      `json:"spire,omitempty"`       // where spire is given
-	Connections int               `json:"connections"`           // open now
+	NRI         *NRIStatus        `json:"nri,omitempty"`   // where intercept.nri is given
+	SPIRE       *SPIREStatus      `json:"spire,omitempty"` // where spire is given
+	Issuers     []IssuerStatus    `json:"issuers"`
 	Attestation *spiffe.State     `json:"attestation,omitempty"` // of a node that runs
+	Connections int               `json:"connections"`           // open now
 	Counters    map[string]uint64 `json:"counters"`              // see bpf.Programs.Counters
 }
 
@@ -71,6 +72,7 @@ func (n *Node) Status() (Status, error) {
 		spire := spireStatus(n.spire.State())
 		s.SPIRE = &spire
 	}
+	s.Issuers = n.issuers.status()
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	s.Exempt = n.exempted.status(s.Kernel.Exempt)

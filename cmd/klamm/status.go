@@ -102,6 +102,9 @@ func printStatus(out io.Writer, s node.Status) error {
 	if why := cmp.Or(k.Unnoticed, unseen(s)); why != "" {
 		line("", "WHAT PROCESSES BECOME IS NOTICED LATE: %s", why)
 	}
+	for _, i := range s.Issuers {
+		line("issuer", "%s: %s", i.Issuer, cmp.Or(i.Error, fmt.Sprintf("%d keys", i.Keys)))
+	}
 	for _, e := range s.Exempt {
 		line("exempt", "%s, %d connects", cmp.Or(e.Unit, e.Cgroup, fmt.Sprintf("cgroup %d", e.ID)), e.Connects)
 	}
