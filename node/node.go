@@ -435,9 +435,14 @@ func (n *Node) identify(ctx context.Context, r bpf.Record) (*spiffe.Attested, er
 		case <-ctx.Done():
 		}
 	}
-	return n.attest.Attest(ctx, spiffe.Peer{TGID: r.TGID, UID: r.UID, GID: r.GID, StartBoottime: r.StartBoottime,
-		ExecID: r.ExecID, PidInode: r.PidInode, ExeInode: r.ExeInode, ExeDev: r.ExeDev, CgroupID: r.CgroupID,
-		Comm: r.Comm.String(), Socket: r.ClientCookie})
+	return n.attest.Attest(ctx, peerOf(r))
+}
+
+// peerOf is who made the connect.
+func peerOf(r bpf.Record) spiffe.Peer {
+	return spiffe.Peer{TGID: r.TGID, UID: r.UID, GID: r.GID, StartBoottime: r.StartBoottime, ExecID: r.ExecID,
+		PidInode: r.PidInode, ExeInode: r.ExeInode, ExeDev: r.ExeDev, CgroupID: r.CgroupID, Comm: r.Comm.String(),
+		Socket: r.ClientCookie}
 }
 
 // reset closes with RST: connect(2) has succeeded already, and this is how a refusal after it looks to every client.
