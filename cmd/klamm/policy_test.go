@@ -96,7 +96,7 @@ func TestCommandLines(t *testing.T) {
 		"an access from elsewhere": {ask + "--topic orders.placed --operation Write" + here + user, 3,
 			"deny: no rule allows it (default deny)\n  shop.yaml:4  orders writes its topics  none of its hosts matches\n", ""},
 		"an access on another cluster": {ask + "--topic orders.placed --operation Write" + user, 3,
-			"deny: no policy file is for this cluster: everything is refused\n", ""},
+			"deny: no policy file has rules for this cluster: everything is refused\n", ""},
 		"an access of a SPIFFE ID": {ask + "--topic orders.placed --operation Describe --host 10.0.0.1 " +
 			"--spiffe-id spiffe://example.test/ns/shop/sa/orders" + here, 0, "allow: ", ""},
 		"a question with a broken policy": {

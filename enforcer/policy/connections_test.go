@@ -104,10 +104,24 @@ func TestLogins(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			c.who.Cluster = "here"
-			if got := connectionPolicy(t, c.sets).Login(c.who, c.sasl); got != c.want {
+			p := connectionPolicy(t, c.sets)
+			if got := p.Login(c.who, c.sasl); got != c.want {
 				t.Errorf("got %+v, want %+v", got, c.want)
 			}
+			checkConnectionExplained(t, p.ExplainLogin(c.who, c.sasl), c.want)
 		})
+	}
+}
+
+// checkConnectionExplained wants the entry a decision names, and none where it names none, to be explained as allowing it.
+func checkConnectionExplained(t *testing.T, e Explanation, d Decision) {
+	t.Helper()
+	named := d.Rule == ""
+	for _, r := range e.Rules {
+		named = named || r.Matched && r.Rule == d.Rule
+	}
+	if got := (Decision{e.Allowed, e.WouldDeny, e.Rule}); got != d || e.Why == "" || !named {
+		t.Errorf("decided %+v, explained %+v", d, e)
 	}
 }
 
@@ -135,21 +149,26 @@ func TestPassthrough(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			c.who.Cluster = "here"
-			if got := connectionPolicy(t, c.sets).Passthrough(c.who); got != c.want {
+			p := connectionPolicy(t, c.sets)
+			if got := p.Passthrough(c.who); got != c.want {
 				t.Errorf("got %+v, want %+v", got, c.want)
 			}
+			checkConnectionExplained(t, p.ExplainPassthrough(c.who), c.want)
 		})
 	}
 }
 
 func TestWithoutAPolicyNoConnectionMayDoAnything(t *testing.T) {
 	var p *Policy
-	if d := p.Login(Subject{SPIFFE: ordersID}, "User:orders"); d != (Decision{}) {
+	who := Subject{SPIFFE: ordersID}
+	if d := p.Login(who, "User:orders"); d != (Decision{}) {
 		t.Errorf("a login: %+v", d)
 	}
-	if d := p.Passthrough(Subject{SPIFFE: ordersID}); d != (Decision{}) {
+	if d := p.Passthrough(who); d != (Decision{}) {
 		t.Errorf("passthrough: %+v", d)
 	}
+	checkConnectionExplained(t, p.ExplainLogin(who, "User:orders"), Decision{})
+	checkConnectionExplained(t, p.ExplainPassthrough(who), Decision{})
 }
 
 func TestEntriesForConnectionsDecideNoAccess(t *testing.T) {

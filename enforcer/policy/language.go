@@ -134,13 +134,14 @@ func (r *rule) UnmarshalYAML(node *yaml.Node) error {
 	return strict.Join(node, r.check(), err)
 }
 
-// scope is whom a rule is about, and its name. It names a subject when its cluster, one of its principals and one of
-// its hosts do.
+// scope is whom a rule is about, and its name. It names a subject when its cluster, one of its principals, one of its
+// hosts and its condition do.
 type scope struct {
 	Name       string      `yaml:"name" strict:"required"`
-	Cluster    string      `yaml:"cluster"` // empty: every cluster of the set
-	Principals []principal `yaml:"principals" strict:"required"`
-	Hosts      []host      `yaml:"hosts"` // empty: every host
+	Cluster    string      `yaml:"cluster"`    // empty: every cluster of the set
+	Principals []principal `yaml:"principals"` // nil: whoever the condition names
+	Hosts      []host      `yaml:"hosts"`      // empty: every host
+	When       *condition  `yaml:"when"`       // nil: it holds
 
 	node *yaml.Node
 }
@@ -154,7 +155,8 @@ func (s *scope) check() error {
 		{strings.TrimSpace(s.Name) == "", "the name is empty: the audit names rules by it"},
 		{strings.ContainsFunc(s.Name, unicode.IsControl),
 			"the name holds control characters, which would garble what is printed"},
-		{len(s.Principals) == 0, `principals is empty: list who the rule is about, ["*"] for everyone identified`},
+		{s.Principals == nil && s.When == nil, `the key "principals" is missing`},
+		{s.Principals != nil && len(s.Principals) == 0, `principals is empty: list who the rule is about, ["*"] for everyone identified`},
 		{s.Hosts != nil && len(s.Hosts) == 0, "hosts is empty: leave the key out for every host"},
 	} {
 		if c.broken {

@@ -79,7 +79,7 @@ func (s *Set) deniedBy(r *rule, allow entry) string {
 
 // about tells whether the scope names every subject that q names.
 func (r *scope) about(q *scope) bool {
-	return (r.Cluster == "" || r.Cluster == q.Cluster) &&
+	return r.When == nil && q.Principals != nil && (r.Cluster == "" || r.Cluster == q.Cluster) &&
 		all(q.Principals, func(b principal) bool {
 			return slices.ContainsFunc(r.Principals, func(a principal) bool { return a.covers(b) })
 		}) &&
