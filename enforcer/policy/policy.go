@@ -62,6 +62,11 @@ func (p *Policy) For(s Subject) *View {
 			return v
 		}
 	}
+	return p.look(s, key)
+}
+
+// look finds the view by the rules that name the subject, and remembers it by key where that is all there is to it.
+func (p *Policy) look(s, key Subject) *View {
 	selected, conditional := p.selects(&s)
 	observed := p.observes(&s)
 	rules := []byte{0}

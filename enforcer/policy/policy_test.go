@@ -458,6 +458,10 @@ func FuzzParse(f *testing.F) {
 	f.Add([]byte("apiVersion: klamm/v1\nmode: observe\ncluster: c\nrules: []"))
 	f.Add([]byte(`{apiVersion: klamm/v1, rules: [{name: r, principals: ["*"],
 		deny: [{topic: {prefix: a}, operations: [All]}]}]}`))
+	f.Add([]byte(`{apiVersion: klamm/v1, connections: [{name: c, when: "has(claims.a)", sasl: ["*", "User:*", "User:a"]},
+		{name: d, principals: [anonymous], hosts: [10.0.0.0/8], passthrough: true}]}`))
+	f.Add([]byte("apiVersion: klamm/v1\nrules:\n- name: r\n  when: |\n    claims.n == 3 &&\n    sources['kubernetes'].claims.sub " +
+		"!= ''\n  allow: [{topic: '*', operations: [All]}]"))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		s, err := Parse("f", data)
 		var errs strict.Errors
@@ -469,7 +473,10 @@ func FuzzParse(f *testing.F) {
 		}
 		s.Warnings()
 		p := New(s)
-		for _, who := range []Subject{{}, {Principal: "User:alice"}, {SPIFFE: "spiffe://example.test/ns/analytics/x"}} {
+		for _, who := range []Subject{{}, {Principal: "User:alice"}, {SPIFFE: "spiffe://example.test/ns/analytics/x"},
+			somebody()} {
+			checkConnectionExplained(t, p.ExplainLogin(who, "User:alice"), p.Login(who, "User:alice"))
+			checkConnectionExplained(t, p.ExplainPassthrough(who), p.Passthrough(who))
 			d := p.For(who).Decide(topic, "orders.placed", read)
 			if e := p.Explain(who, topic, "orders.placed", read); e.Allowed != d.Allowed || e.Rule != d.Rule {
 				t.Fatalf("decided %+v, explained %+v", d, e)

@@ -10,7 +10,9 @@ import (
 	"testing"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"go.yaml.in/yaml/v3"
 
+	"klamm/enforcer/policy/strict"
 	"klamm/spiffe"
 )
 
@@ -303,4 +305,31 @@ elsewhere: it is for the cluster "x" only
 			}
 		})
 	}
+}
+
+func FuzzCondition(f *testing.F) {
+	for _, seed := range []string{
+		`spiffe_id == "x"`, `claims["a"].b.exists(x, x == 1)`, `sources["kubernetes"].claims.iss.matches("^https")`, `has(pod.uid)`,
+		`evidence.filter(e, has(e.hint)).size() > 1`, "process.uid == 1 &&\n\n\t(", `[1, 2].map(x, x * 2) == [2, 4]`, `'\u00e9' == "ä`,
+		`"a".matches("(")`, `claims.aud.all(a, claims.many.all(b, a != b))`, `{"a": 1}.a == 1`, `klamm.Process{exe: "a"} == process`,
+		`"%s".format([claims]) == ""`, `timestamp("x") < timestamp(0)`, `b'' == bytes("")`,
+	} {
+		f.Add(seed)
+	}
+	who := somebody()
+	f.Fuzz(func(t *testing.T, expression string) {
+		var c condition
+		node := yaml.Node{Kind: yaml.ScalarNode, Tag: "!!str", Value: expression, Line: 1, Column: 1}
+		if err := c.UnmarshalYAML(&node); err != nil {
+			var errs strict.Errors
+			if !errors.As(strict.Join(&node, err), &errs) || len(errs) == 0 {
+				t.Fatalf("%T: %v", err, err)
+			}
+			return
+		}
+		holds, err := c.holds(newKnown(&who))
+		if again, _ := c.holds(newKnown(&who)); again != holds || holds && err != nil {
+			t.Fatalf("%v, %v, then %v", holds, err, again)
+		}
+	})
 }
