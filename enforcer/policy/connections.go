@@ -88,9 +88,9 @@ func passesThrough() matter {
 	return matter{"unread TLS", passthrough, passthrough, ""}
 }
 
-// Login tells whether the subject's workload may log in as a SASL principal ("User:alice"; empty where the mechanism does
-// not show it). The subject's own Principal, of an earlier login, plays no part; conditions see the login asked for, of
-// which Facts.SASL has the rest. The answer holds as long as the facts are the same.
+// Login tells whether the subject's workload may log in as a SASL principal ("User:alice"; empty where the mechanism
+// does not show it). The subject's own Principal, of an earlier login, plays no part; conditions see the login asked for,
+// of which Facts.SASL has the rest. The answer holds as long as the facts are the same.
 //
 // As long as no entry for the cluster is about logins every login is allowed, because it gives no right by itself; from
 // the first one on only what an entry allows. Sets in observe mode only say what they would refuse.
@@ -119,8 +119,8 @@ func (p *Policy) login(s Subject, sasl string) (Decision, string) {
 	}
 }
 
-// Passthrough tells whether the subject's TLS may pass unread. No rule is enforced on such a connection, so that an entry
-// must allow it, and where a set that enforces speaks of the cluster at all, one of such a set.
+// Passthrough tells whether the subject's TLS may pass unread. No rule is enforced on such a connection, so that an
+// entry must allow it, and where a set that enforces speaks of the cluster at all, one of such a set.
 func (p *Policy) Passthrough(s Subject) Decision {
 	d, _ := p.passthrough(s)
 	return d

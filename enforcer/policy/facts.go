@@ -15,8 +15,8 @@ import (
 	"klamm/spiffe"
 )
 
-// variables are what conditions can look at, with their values: nil is not known. They are documented in docs/policy.md;
-// a name, once there, stays.
+// variables are what conditions can look at, with their values: nil is not known. docs/policy.md documents them; a
+// name, once there, stays.
 var variables = map[string]struct {
 	is    *cel.Type
 	value func(*Subject) any

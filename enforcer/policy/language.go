@@ -146,24 +146,25 @@ type scope struct {
 	node *yaml.Node
 }
 
-func (s *scope) check() error {
+func (r *scope) check() error {
 	var errs []error
 	for _, c := range []struct {
 		broken bool
 		say    string
 	}{
-		{strings.TrimSpace(s.Name) == "", "the name is empty: the audit names rules by it"},
-		{strings.ContainsFunc(s.Name, unicode.IsControl),
+		{strings.TrimSpace(r.Name) == "", "the name is empty: the audit names rules by it"},
+		{strings.ContainsFunc(r.Name, unicode.IsControl),
 			"the name holds control characters, which would garble what is printed"},
-		{s.Principals == nil && s.When == nil, `the key "principals" is missing`},
-		{s.Principals != nil && len(s.Principals) == 0, `principals is empty: list who the rule is about, ["*"] for everyone identified`},
-		{s.Hosts != nil && len(s.Hosts) == 0, "hosts is empty: leave the key out for every host"},
+		{r.Principals == nil && r.When == nil, `the key "principals" is missing`},
+		{r.Principals != nil && len(r.Principals) == 0,
+			`principals is empty: list who the rule is about, ["*"] for everyone identified`},
+		{r.Hosts != nil && len(r.Hosts) == 0, "hosts is empty: leave the key out for every host"},
 	} {
 		if c.broken {
-			errs = append(errs, strict.Errorf(s.node, "%s", c.say))
+			errs = append(errs, strict.Errorf(r.node, "%s", c.say))
 		}
 	}
-	return strict.Join(s.node, errs...)
+	return strict.Join(r.node, errs...)
 }
 
 // entry is operations on the resources of one type that a pattern matches.

@@ -105,8 +105,8 @@ func (c choice) code() uint64 {
 	return code
 }
 
-// selects finds the rules that name the subject, and whether conditions had a part in it. Where it cannot be told whether
-// a condition holds, the rule denies and does not allow: both are the safe side.
+// selects finds the rules that name the subject, and whether conditions had a part in it. Where it cannot be told
+// whether a condition holds, the rule denies and does not allow: both are the safe side.
 func (p *Policy) selects(s *Subject) (selected []choice, conditional bool) {
 	facts := newKnown(s)
 	for i, r := range p.rules {

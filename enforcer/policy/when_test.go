@@ -57,44 +57,52 @@ func TestConditions(t *testing.T) {
 		who  Subject
 		want string // or how the error begins
 	}{
-		`spiffe_id == "spiffe://t/ns/shop/sa/orders"`:                                                     {all, yes},
-		`spiffe_id.startsWith("spiffe://t/ns/shop/")`:                                                     {all, yes},
-		`spiffe_id.matches("^spiffe://t/ns/[^/]+/sa/pay$")`:                                               {all, no},
-		`spiffe_id.split("/")[4] == claims["kubernetes.io"].namespace`:                                    {all, yes},
-		`cluster == "main" && host == "10.1.2.3"`:                                                         {all, yes},
-		`identity.source == "spire" && identity.spiffe_id == spiffe_id`:                                   {all, yes},
-		`identity.rule == "x"`:                                                                            {all, "identity.rule is not known"},
-		`has(identity.rule)`:                                                                              {all, no},
-		`claims.n == 3 && claims.n < 4`:                                                                   {all, yes},
-		`claims.no == null && has(claims.no)`:                                                             {all, yes},
-		`"kafka" in claims.aud && claims.aud.exists(a, a == "x")`:                                         {all, yes},
-		`claims.team == "x"`:                                                                              {all, "no such key: team"},
-		`has(claims.team) && claims.team == "x"`:                                                          {all, no},
-		`has(claims.sub) && !has(claims.team)`:                                                            {all, yes},
-		`claims.team == "x" || cluster == "main"`:                                                         {all, yes},
-		`claims.n` + ` == "3"`:                                                                            {all, no},
-		`claims.n + 1 == 4`:                                                                               {all, "no such overload"},
-		`sources["kubernetes"].claims.iss == "https://k8s"`:                                               {all, yes},
-		`sources.kubernetes.issuer == "https://k8s"`:                                                      {all, yes},
-		`sources["spire"].hint == "first"`:                                                                {all, yes},
-		`sources["token-file"].claims.sub == "x"`:                                                         {all, "no such key: token-file"},
-		`has(sources.kubernetes) && !("token-file" in sources)`:                                           {all, yes},
-		`evidence.exists(e, e.source == "spire" && e.hint == "second")`:                                   {all, yes},
-		`evidence.filter(e, has(e.spiffe_id)).size() == 2 && size(evidence) == 5`:                         {all, yes},
-		`evidence[1].spiffe_id == "spiffe://t/second" && evidence[0] != evidence[1]`:                      {all, yes},
-		`sources["sasl"].claims.azp == sasl.claims.azp`:                                                   {all, yes},
-		`sasl.mechanism == "OAUTHBEARER" && sasl.principal == "User:" + sasl.claims.azp`:                  {all, yes},
-		`sasl.claims.count == 4 && sasl.issuer == "https://idp"`:                                          {all, yes},
-		`process.uid == 0 && process.gid == 1000`:                                                         {all, yes},
-		`has(process.uid) && !has(process.unit)`:                                                          {all, yes},
-		`process.exe == "/usr/bin/orders" && process.comm == "orders"`:                                    {all, yes},
-		`process.cgroup.startsWith("/kubepods/")`:                                                         {all, yes},
-		`process.exe_sha256 == "00"`:                                                                      {all, "process.exe_sha256 is not known"},
-		`pod.namespace + "/" + pod.name + "/" + pod.container == "shop/orders-0/app" && pod.uid == "u-1"`: {all, yes},
-		`tls.subject == "CN=orders,O=shop" && tls.issuer == "CN=CA"`:                                      {all, yes},
-		`dyn(process).uid == 0 && has(dyn(process).uid)`:                                                  {all, yes},
-		`klamm.Process{exe: "a"}.exe == "a"`:                                                              {all, "unknown type 'klamm.Process'"},
-		`["a", "b"].map(a, a + "x").exists(a, a == "bx")`:                                                 {all, yes},
+		`spiffe_id == "spiffe://t/ns/shop/sa/orders"`:                   {all, yes},
+		`spiffe_id.startsWith("spiffe://t/ns/shop/")`:                   {all, yes},
+		`spiffe_id.matches("^spiffe://t/ns/[^/]+/sa/pay$")`:             {all, no},
+		`spiffe_id.split("/")[4] == claims["kubernetes.io"].namespace`:  {all, yes},
+		`cluster == "main" && host == "10.1.2.3"`:                       {all, yes},
+		`identity.source == "spire" && identity.spiffe_id == spiffe_id`: {all, yes},
+		`identity.rule == "x"`:                                          {all, "identity.rule is not known"},
+		`has(identity.rule)`:                                            {all, no},
+		`claims.n == 3 && claims.n < 4`:                                 {all, yes},
+		`claims.no == null && has(claims.no)`:                           {all, yes},
+		`"kafka" in claims.aud && claims.aud.exists(a, a == "x")`:       {all, yes},
+		`claims.team == "x"`:                                            {all, "no such key: team"},
+		`has(claims.team) && claims.team == "x"`:                        {all, no},
+		`has(claims.sub) && !has(claims.team)`:                          {all, yes},
+		`claims.team == "x" || cluster == "main"`:                       {all, yes},
+		`claims.n` + ` == "3"`:                                          {all, no},
+		`claims.n + 1 == 4`:                                             {all, "no such overload"},
+		`sources["kubernetes"].claims.iss == "https://k8s"`:             {all, yes},
+		`sources.kubernetes.issuer == "https://k8s"`:                    {all, yes},
+		`sources["spire"].hint == "first"`:                              {all, yes},
+		`sources["token-file"].claims.sub == "x"`:                       {all, "no such key: token-file"},
+		`has(sources.kubernetes) && !("token-file" in sources)`:         {all, yes},
+		`evidence.exists(e, e.source == "spire" && e.hint == "second")`: {all, yes},
+		`evidence.filter(e, has(e.spiffe_id)).size() == 2 && size(evidence) == 5`: {
+			all, yes,
+		},
+		`evidence[1].spiffe_id == "spiffe://t/second" && evidence[0] != evidence[1]`: {
+			all, yes,
+		},
+		`sources["sasl"].claims.azp == sasl.claims.azp`: {all, yes},
+		`sasl.mechanism == "OAUTHBEARER" && sasl.principal == "User:" + sasl.claims.azp`: {
+			all, yes,
+		},
+		`sasl.claims.count == 4 && sasl.issuer == "https://idp"`:       {all, yes},
+		`process.uid == 0 && process.gid == 1000`:                      {all, yes},
+		`has(process.uid) && !has(process.unit)`:                       {all, yes},
+		`process.exe == "/usr/bin/orders" && process.comm == "orders"`: {all, yes},
+		`process.cgroup.startsWith("/kubepods/")`:                      {all, yes},
+		`process.exe_sha256 == "00"`:                                   {all, "process.exe_sha256 is not known"},
+		`pod.namespace + "/" + pod.name + "/" + pod.container == "shop/orders-0/app" && pod.uid == "u-1"`: {
+			all, yes,
+		},
+		`tls.subject == "CN=orders,O=shop" && tls.issuer == "CN=CA"`: {all, yes},
+		`dyn(process).uid == 0 && has(dyn(process).uid)`:             {all, yes},
+		`klamm.Process{exe: "a"}.exe == "a"`:                         {all, "unknown type 'klamm.Process'"},
+		`["a", "b"].map(a, a + "x").exists(a, a == "bx")`:            {all, yes},
 		`claims.many.all(a, claims.many.all(b, a == b))`: {
 			all, "operation cancelled: actual cost limit exceeded"},
 
@@ -203,7 +211,9 @@ connections:
 			t.Errorf("before: %+v", d)
 		}
 		for name, got := range map[string]Decision{
-			"an access": p.For(lost).Decide(topic, "t", read), "a login": p.Login(lost, "User:a"), "unread TLS": p.Passthrough(lost),
+			"an access":  p.For(lost).Decide(topic, "t", read),
+			"a login":    p.Login(lost, "User:a"),
+			"unread TLS": p.Passthrough(lost),
 		} {
 			if got != want {
 				t.Errorf("%s in %s mode: got %+v, want %+v", name, mode, got, want)
@@ -227,7 +237,9 @@ connections:
 	who, unknown := somebody(), Subject{SPIFFE: "spiffe://t/ns/x"}
 	who.Principal = "User:before"
 	for name, c := range map[string]struct{ got, want Decision }{
-		"a login in agreement":      {p.Login(who, "User:orders"), Decision{true, false, "as its service account"}},
+		"a login in agreement": {
+			p.Login(who, "User:orders"), Decision{true, false, "as its service account"},
+		},
 		"a login in disagreement":   {p.Login(who, "User:pay"), Decision{}},
 		"a login that is not known": {p.Login(who, ""), Decision{}},
 		"a login without claims":    {p.Login(unknown, "User:orders"), Decision{}},
@@ -309,10 +321,21 @@ elsewhere: it is for the cluster "x" only
 
 func FuzzCondition(f *testing.F) {
 	for _, seed := range []string{
-		`spiffe_id == "x"`, `claims["a"].b.exists(x, x == 1)`, `sources["kubernetes"].claims.iss.matches("^https")`, `has(pod.uid)`,
-		`evidence.filter(e, has(e.hint)).size() > 1`, "process.uid == 1 &&\n\n\t(", `[1, 2].map(x, x * 2) == [2, 4]`, `'\u00e9' == "ä`,
-		`"a".matches("(")`, `claims.aud.all(a, claims.many.all(b, a != b))`, `{"a": 1}.a == 1`, `klamm.Process{exe: "a"} == process`,
-		`"%s".format([claims]) == ""`, `timestamp("x") < timestamp(0)`, `b'' == bytes("")`,
+		`spiffe_id == "x"`,
+		`claims["a"].b.exists(x, x == 1)`,
+		`sources["kubernetes"].claims.iss.matches("^https")`,
+		`has(pod.uid)`,
+		`evidence.filter(e, has(e.hint)).size() > 1`,
+		"process.uid == 1 &&\n\n\t(",
+		`[1, 2].map(x, x * 2) == [2, 4]`,
+		`'\u00e9' == "ä`,
+		`"a".matches("(")`,
+		`claims.aud.all(a, claims.many.all(b, a != b))`,
+		`{"a": 1}.a == 1`,
+		`klamm.Process{exe: "a"} == process`,
+		`"%s".format([claims]) == ""`,
+		`timestamp("x") < timestamp(0)`,
+		`b'' == bytes("")`,
 	} {
 		f.Add(seed)
 	}
