@@ -21,6 +21,11 @@ const (
 	UnsupportedVersion Reason = "unsupported_version" // an API key or version we do not decide
 	Undecodable        Reason = "undecodable"         // the body does not parse as what the header says
 	Denied             Reason = "denied"              // the policy refuses it, and no answer can say so
+	IdentityLost       Reason = "identity_lost"       // nobody, or nobody known, is behind the connection any more
+	IdentityChanged    Reason = "identity_changed"    // somebody else is behind the connection than before
+	SessionExpired     Reason = "session_expired"     // the SASL session or its token ended, and was not renewed (KIP-368)
+	LoginRefused       Reason = "login"               // a SASL login that the policy, or we, refuse
+	UpstreamLogin      Reason = "upstream_login"      // the node's own login at the broker was not renewed
 	OutOfMemory        Reason = "memory"              // the memory budget has no room for the frame
 	BadAnswer          Reason = "bad_answer"          // the broker's answer is none to what was asked
 	AuditFailed        Reason = "audit"               // the audit line could not be written
@@ -45,6 +50,11 @@ var Reasons = map[Reason]string{
 	UnsupportedVersion: "the client ignored ApiVersions; upgrade it or the node",
 	Undecodable:        "the client's request is malformed; look for a proxy or a bug on its side",
 	Denied:             "grant it in the policy if it is wanted; klamm policy explain tells which rule is missing",
+	IdentityLost:       "nothing to do if its process ended; else see why its identity sources do not know it any more",
+	IdentityChanged:    "nothing to do if its entry was changed on purpose; the client connects anew, as who it is now",
+	SessionExpired:     "let the client log in again in time (KIP-368), or let its tokens live longer",
+	LoginRefused:       "allow it under connections in the policy if it is wanted; or look at the client's credentials",
+	UpstreamLogin:      "see what the broker says of the login, and whether its credentials or identity source still work",
 	OutOfMemory:        "raise limits.memory in klamm.yaml, or lower the clients' request and fetch sizes",
 	BadAnswer:          "the broker's answer does not match the request; look at what is between the node and the broker",
 	AuditFailed:        "make room for, or repair, the audit destination; nothing passes without its audit line",

@@ -77,6 +77,14 @@ func (p *Policy) For(s Subject) *View {
 	return v
 }
 
+// Nobody is the view of a subject whom no rule names any more: it has no right. Sets in observe mode only say so.
+func (p *Policy) Nobody(s Subject) *View {
+	if p == nil {
+		return nil
+	}
+	return compile(nil, p.observes(&s), func(int) string { return "" })
+}
+
 // selects finds the rules that name the subject, and whether only sets in observe mode have rules for its cluster.
 func (p *Policy) selects(s *Subject) (selected []int, observed bool) {
 	for i, r := range p.rules {

@@ -219,9 +219,10 @@ func (p *Pipe) Wipe() {
 	}
 }
 
-// Close gives the buffer and its budget back. The pipe must not be used after it.
+// Close overwrites the buffer, and gives it and its budget back. The pipe must not be used after it.
 func (p *Pipe) Close() {
 	p.out, p.r, p.w = nil, 0, 0
+	p.Wipe()
 	p.release()
 }
 
