@@ -27,6 +27,7 @@ import (
 	"klamm/enforcer"
 	"klamm/enforcer/audit"
 	"klamm/enforcer/policy"
+	"klamm/node/upstream"
 	"klamm/spiffe"
 )
 
@@ -200,6 +201,7 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 	}()
 	for _, c := range n.config.Clusters {
 		cluster, err := OpenCluster(c, ClusterOptions{Dial: n.redirect.Dialer().DialContext, Ports: n.config.Intercept.Ports,
+			Agent:   n.agent(),
 			OnPorts: n.interceptAlso, OnNetworks: func(networks []bpf.Network) { n.interceptAt(c.Name, networks) },
 			Log: n.log})
 		if err != nil {
@@ -383,7 +385,7 @@ func (n *Node) serve(ctx context.Context, conn net.Conn, r bpf.Record) {
 	client.Cluster = destination.Config().Name
 	dialled, cancel := context.WithTimeout(ctx, n.config.Limits.DialTimeout)
 	defer cancel()
-	broker, err := n.redirect.Dial(dialled, r)
+	broker, err := n.redirect.Dial(dialled, r, destination.Config().Upstream.fromClient())
 	if err != nil {
 		if ctx.Err() != nil {
 			refuse(audit.BrokerUnreachable, fmt.Errorf("the node ends: %w", err))
@@ -395,8 +397,22 @@ func (n *Node) serve(ctx context.Context, conn net.Conn, r bpf.Record) {
 		refuse(audit.BrokerUnreachable, err)
 		return
 	}
-	err = n.enforcer.Serve(ctx, enforcer.Conn{Client: client, Downstream: conn, Upstream: broker,
-		Workload: workload, Kafka: destination, AutoCreate: destination.AutoCreate()})
+	opened, err := destination.Open(dialled, broker, workload)
+	if err != nil {
+		refuse(upstreamReason(err), err)
+		return
+	}
+	enforced := enforcer.Conn{Client: client, Downstream: conn, Upstream: opened.Conn, Workload: workload,
+		Kafka: destination, AutoCreate: destination.AutoCreate()}
+	if opened.Login != nil {
+		enforced.Login = opened.Login
+	}
+	ctx, stop := whileCurrent(ctx, opened, workload)
+	defer stop()
+	err = n.enforcer.Serve(ctx, enforced)
+	if cause := context.Cause(ctx); errors.Is(cause, upstream.ErrNoSVID) {
+		n.refuse(client, audit.NoSVID, cause)
+	}
 	if err != nil {
 		n.log.Debug().Err(err).Str("conn", client.ID).Msg("connection ended")
 	}

@@ -8,6 +8,9 @@ const (
 	NoIdentity         Reason = "identity"           // who connected could not be established
 	NoCluster          Reason = "no_cluster"         // the destination belongs to no configured cluster
 	BrokerUnreachable  Reason = "broker_unreachable" // the dial to the original destination failed
+	UpstreamTLS        Reason = "upstream_tls"       // the broker is not who it should be, or refuses our certificate
+	UpstreamLogin      Reason = "upstream_login"     // the node's login at the broker failed
+	NoSVID             Reason = "no_svid"            // the broker is to see the workload's SVID, and it has none
 	TooManyConnections Reason = "too_many_connections"
 	NotEnrolled        Reason = "not_enrolled"        // refused in the kernel: nobody listens in its network namespace yet
 	EnforcerDown       Reason = "enforcer_down"       // refused in the kernel: the node did not run, or hung
@@ -42,6 +45,9 @@ var Reasons = map[Reason]string{
 	NoIdentity:         "the process ended or changed while it was identified; a client that retries is identified anew",
 	NoCluster:          "if this is a broker of yours, add it under clusters in klamm.yaml",
 	BrokerUnreachable:  "check the broker and the route to it from this host",
+	UpstreamTLS:        "see upstream.tls of the cluster in klamm.yaml, and the broker's certificate; klamm doctor broker tries it",
+	UpstreamLogin:      "see upstream.login of the cluster in klamm.yaml, and the broker's log; klamm doctor broker tries it",
+	NoSVID:             "give the workload an entry in SPIRE; klamm status says whether the agent is reached",
 	TooManyConnections: "raise limits.connections in klamm.yaml, or find the client that opens them",
 	NotEnrolled:        "nothing to do if it is the only one of its container; else the node's log says why",
 	EnforcerDown:       "see why the node was down; clients retry",
