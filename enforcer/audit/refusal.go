@@ -9,7 +9,7 @@ const (
 	NoCluster          Reason = "no_cluster"         // the destination belongs to no configured cluster
 	BrokerUnreachable  Reason = "broker_unreachable" // the dial to the original destination failed
 	UpstreamTLS        Reason = "upstream_tls"       // the broker is not who it should be, or refuses our certificate
-	UpstreamLogin      Reason = "upstream_login"     // the node's login at the broker failed
+	UpstreamLogin      Reason = "upstream_login"     // the node's login at the broker failed, or its renewal
 	NoSVID             Reason = "no_svid"            // the broker is to see the workload's SVID, and it has none
 	TooManyConnections Reason = "too_many_connections"
 	NotEnrolled        Reason = "not_enrolled"        // refused in the kernel: nobody listens in its network namespace yet
@@ -33,7 +33,6 @@ const (
 	IdentityChanged    Reason = "identity_changed"    // somebody else is behind the connection than before
 	SessionExpired     Reason = "session_expired"     // the SASL session or its token ended, and was not renewed (KIP-368)
 	LoginRefused       Reason = "login"               // a SASL login that the policy, or we, refuse
-	UpstreamLogin      Reason = "upstream_login"      // the node's own login at the broker was not renewed
 	OutOfMemory        Reason = "memory"              // the memory budget has no room for the frame
 	BadAnswer          Reason = "bad_answer"          // the broker's answer is none to what was asked
 	AuditFailed        Reason = "audit"               // the audit line could not be written
@@ -72,7 +71,6 @@ var Reasons = map[Reason]string{
 	IdentityChanged:    "nothing to do if its entry was changed on purpose; the client connects anew, as who it is now",
 	SessionExpired:     "let the client log in again in time (KIP-368), or let its tokens live longer",
 	LoginRefused:       "allow it under connections in the policy if it is wanted; or look at the client's credentials",
-	UpstreamLogin:      "see what the broker says of the login, and whether its credentials or identity source still work",
 	OutOfMemory:        "raise limits.memory in klamm.yaml, or lower the clients' request and fetch sizes",
 	BadAnswer:          "the broker's answer does not match the request; look at what is between the node and the broker",
 	AuditFailed:        "make room for, or repair, the audit destination; nothing passes without its audit line",
