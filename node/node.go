@@ -27,6 +27,7 @@ import (
 	"klamm/enforcer"
 	"klamm/enforcer/audit"
 	"klamm/enforcer/policy"
+	"klamm/node/upstream"
 	"klamm/spiffe"
 )
 
@@ -39,6 +40,7 @@ type Node struct {
 	nri      *nri // nil where no container runtime is asked
 	attest   *spiffe.Attestor
 	spire    *spiffe.SPIRE // nil where no SPIRE agent is asked
+	issuers  *issuers
 	started  time.Time
 	manager  serviceManager
 	taken    func() error  // tells the node before this one that it may end
@@ -101,8 +103,11 @@ func openNode(c Config, log zerolog.Logger, manager serviceManager, before inher
 		return nil, err
 	}
 	n.closers = append(n.closers, file)
+	if err := n.openIssuers(); err != nil {
+		return nil, err
+	}
 	n.enforcer = enforcer.New(enforcer.Options{Policy: rules, Audit: lines, MaxFrame: int(c.Limits.MaxFrame),
-		Memory: int64(c.Limits.Memory), Metrics: n.registry, CloseOnLoss: c.Attestation.OnLoss == LossClose})
+		Memory: int64(c.Limits.Memory), Metrics: n.registry, Tokens: n.logins(), CloseOnLoss: c.Attestation.OnLoss == LossClose})
 	if strings.HasPrefix(c.Node.Pins, BPFFS+"/") {
 		if err := MountBPFFS(BPFFS); err != nil {
 			return nil, err
@@ -196,6 +201,7 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 	}()
 	for _, c := range n.config.Clusters {
 		cluster, err := OpenCluster(c, ClusterOptions{Dial: n.redirect.Dialer().DialContext, Ports: n.config.Intercept.Ports,
+			Agent:   n.agent(),
 			OnPorts: n.interceptAlso, OnNetworks: func(networks []bpf.Network) { n.interceptAt(c.Name, networks) },
 			Log: n.log})
 		if err != nil {
@@ -215,6 +221,7 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 	}
 	n.conns.Go(func() { n.watch(ctx) })
 	n.conns.Go(func() { n.guard(ctx) })
+	n.conns.Go(func() { n.issuers.Run(ctx) })
 	if n.nri != nil {
 		n.conns.Go(func() { n.nri.run(ctx) })
 	}
@@ -378,7 +385,7 @@ func (n *Node) serve(ctx context.Context, conn net.Conn, r bpf.Record) {
 	client.Cluster = destination.Config().Name
 	dialled, cancel := context.WithTimeout(ctx, n.config.Limits.DialTimeout)
 	defer cancel()
-	broker, err := n.redirect.Dial(dialled, r)
+	broker, err := n.redirect.Dial(dialled, r, destination.Config().Upstream.fromClient())
 	if err != nil {
 		if ctx.Err() != nil {
 			refuse(audit.BrokerUnreachable, fmt.Errorf("the node ends: %w", err))
@@ -390,8 +397,22 @@ func (n *Node) serve(ctx context.Context, conn net.Conn, r bpf.Record) {
 		refuse(audit.BrokerUnreachable, err)
 		return
 	}
-	err = n.enforcer.Serve(ctx, enforcer.Conn{Client: client, Downstream: conn, Upstream: broker,
-		Workload: workload, Kafka: destination, AutoCreate: destination.AutoCreate()})
+	opened, err := destination.Open(dialled, broker, workload)
+	if err != nil {
+		refuse(upstreamReason(err), err)
+		return
+	}
+	enforced := enforcer.Conn{Client: client, Downstream: conn, Upstream: opened.Conn, Workload: workload,
+		Kafka: destination, AutoCreate: destination.AutoCreate()}
+	if opened.Login != nil {
+		enforced.Login = opened.Login
+	}
+	ctx, stop := whileCurrent(ctx, opened, workload)
+	defer stop()
+	err = n.enforcer.Serve(ctx, enforced)
+	if cause := context.Cause(ctx); errors.Is(cause, upstream.ErrNoSVID) {
+		n.refuse(client, audit.NoSVID, cause)
+	}
 	if err != nil {
 		n.log.Debug().Err(err).Str("conn", client.ID).Msg("connection ended")
 	}
@@ -460,7 +481,8 @@ func (k kernelCounters) Collect(ch chan<- prometheus.Metric) {
 	}
 }
 
-// serveMetrics serves /metrics, /healthz (the process runs) and /readyz (every cluster was reached).
+// serveMetrics serves /metrics, /healthz (the process runs) and /readyz (every cluster was reached, and every issuer's
+// keys are there).
 func (n *Node) serveMetrics(ctx context.Context, failed chan<- error) error {
 	if n.config.Metrics.Listen == "" {
 		return nil
@@ -489,6 +511,10 @@ func (n *Node) readyz(w http.ResponseWriter, _ *http.Request) {
 			http.Error(w, fmt.Sprintf("cluster %s: %v", s.Name, s.Err), http.StatusServiceUnavailable)
 			return
 		}
+	}
+	if err := n.issuers.ready(); err != nil {
+		http.Error(w, err.Error(), http.StatusServiceUnavailable)
+		return
 	}
 	_, _ = io.WriteString(w, "ready\n")
 }

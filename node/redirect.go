@@ -211,15 +211,15 @@ func (r *Redirect) Begin() error { return r.programs.Beat(heartbeatFor) }
 // End makes the enforcer count as down, without waiting for the heartbeat to be over: nobody will accept what waits.
 func (r *Redirect) End() error { return r.programs.Beat(0) }
 
-// Dial connects to a broker itself, over plain TCP: from the network namespace of the calling thread, but for loopback
-// destinations, which mean something only in the client's.
-func (r *Redirect) Dial(ctx context.Context, record bpf.Record) (conn *net.TCPConn, err error) {
+// Dial connects to a broker itself, over plain TCP: from the network namespace of the calling thread, or else, as always
+// to loopback destinations, which mean something only there, of the client.
+func (r *Redirect) Dial(ctx context.Context, record bpf.Record, fromClient bool) (conn *net.TCPConn, err error) {
 	to := record.Destination()
 	dial := func() error {
 		conn, err = r.Dialer().DialTCP(ctx, "tcp", netip.AddrPort{}, to)
 		return err
 	}
-	if r.IsHost(record.NetnsCookie) || !to.Addr().IsLoopback() {
+	if r.IsHost(record.NetnsCookie) || !fromClient && !to.Addr().IsLoopback() {
 		return conn, dial()
 	}
 	return conn, r.enrolled.in(record.NetnsCookie, dial)

@@ -20,8 +20,9 @@ type Status struct {
 	Clusters    []ClusterStatus   `json:"clusters"`
 	NRI         *NRIStatus        `json:"nri,omitempty"`   // where intercept.nri is given
 	SPIRE       *SPIREStatus      `json:"spire,omitempty"` // where spire is given
-	Connections int               `json:"connections"`     // open now
-	Counters    map[string]uint64 `json:"counters"`        // see bpf.Programs.Counters
+	Issuers     []IssuerStatus    `json:"issuers"`
+	Connections int               `json:"connections"` // open now
+	Counters    map[string]uint64 `json:"counters"`    // see bpf.Programs.Counters
 }
 
 // NamespaceStatus is a network namespace in which the node listens.
@@ -67,6 +68,7 @@ func (n *Node) Status() (Status, error) {
 		spire := spireStatus(n.spire.State())
 		s.SPIRE = &spire
 	}
+	s.Issuers = n.issuers.status()
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	s.Exempt = n.exempted.status(s.Kernel.Exempt)

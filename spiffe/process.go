@@ -43,6 +43,7 @@ type Processes struct {
 	slots     chan struct{}
 	known     bounded[taskKey, process]
 	hashes    hasher
+	files     *fileReaders
 }
 
 const (
@@ -57,7 +58,7 @@ const (
 // seen to be in a container. workloads is nil where no container runtime tells of its containers.
 func NewProcesses(tasks Tasks, cgroups string, workloads Workloads) *Processes {
 	return &Processes{tasks: tasks, cgroups: cgroups, workloads: workloads, slots: make(chan struct{}, maxReaders),
-		known: newBounded[taskKey, process](maxProcesses), hashes: newHasher()}
+		known: newBounded[taskKey, process](maxProcesses), hashes: newHasher(), files: newFileReaders()}
 }
 
 // taskKey names one program image of one process: the pid alone is reused, and survives exec together with the start
@@ -82,7 +83,7 @@ func (ps *Processes) verify(ctx context.Context, peer Peer) (process, taskKey, e
 	}
 	p, ok := ps.known.get(key)
 	if !ok {
-		p, err = during(ctx, ps, peer, func() (process, error) { return ps.read(key) })
+		p, err = during(ctx, ps, ps.slots, peer, func() (process, error) { return ps.read(key) })
 		if err != nil {
 			return process{}, taskKey{}, err
 		}
@@ -99,21 +100,22 @@ func (ps *Processes) verify(ctx context.Context, peer Peer) (process, taskKey, e
 
 // sha256 is the hex digest of the executable peer's process runs.
 func (ps *Processes) sha256(ctx context.Context, peer Peer) (string, error) {
-	return during(ctx, ps, peer, func() (string, error) { return ps.hashes.sum(ctx, exeLink(peer.TGID)) })
+	return during(ctx, ps, ps.slots, peer, func() (string, error) { return ps.hashes.sum(ctx, exeLink(peer.TGID)) })
 }
 
 // during is f's result, got at the latest when ctx ends, if peer's process held its pid for as long as f read /proc by
-// that pid.
-func during[T any](ctx context.Context, ps *Processes, peer Peer, f func() (T, error)) (T, error) {
+// that pid. f runs when one of the slots is free.
+func during[T any](ctx context.Context, ps *Processes, slots chan struct{}, peer Peer, f func() (T, error)) (
+	T, error) {
 	type result struct {
 		value T
 		err   error
 	}
 	done := make(chan result, 1)
 	select {
-	case ps.slots <- struct{}{}:
+	case slots <- struct{}{}:
 		go func() {
-			defer func() { <-ps.slots }()
+			defer func() { <-slots }()
 			var r result
 			r.err = ps.bracket(peer, func() (err error) {
 				r.value, err = f()

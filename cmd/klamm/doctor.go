@@ -208,6 +208,16 @@ func checkConfig(ctx context.Context, file string, wait time.Duration) []finding
 		findings = append(findings, found("SPIRE agent", "klamm status says whether the node that runs can do it: the agent "+
 			"knows it by its process, and may not know this one")(checkSPIRE(ctx, config)))
 	}
+	for _, c := range config.OIDC {
+		if c.TrustDomain == "" {
+			findings = append(findings, found("issuer "+c.Issuer, "check issuer, jwks, ca and bearer-file, and the route from "+
+				"this host")(node.ProbeIssuer(ctx, c)))
+		}
+	}
+	if k := config.Kubernetes; k != nil && k.Review != nil {
+		findings = append(findings, found("token reviews", "check kubernetes.review; 403 means that its account may not "+
+			"create tokenreviews: bind it to the ClusterRole system:auth-delegator")(node.ProbeReview(ctx, *k)))
+	}
 	for _, c := range config.Clusters {
 		probed := found("cluster "+c.Name, "check bootstrap, tls and credentials, and the route from this host")
 		findings = append(findings, probed(node.ProbeCluster(ctx, c, zerolog.Nop())))

@@ -92,6 +92,9 @@ func printStatus(out io.Writer, s node.Status) error {
 		line("SPIRE agent", "%s", cmp.Or(a.Error, fmt.Sprintf("tells of %d processes, %d have an SVID", a.Followed, a.Identified)))
 		line("node's identity", "%s", cmp.Or(a.OwnError, fmt.Sprintf("%s until %s", a.ID, a.Expires.Format(time.RFC3339))))
 	}
+	for _, i := range s.Issuers {
+		line("issuer", "%s: %s", i.Issuer, cmp.Or(i.Error, fmt.Sprintf("%d keys", i.Keys)))
+	}
 	for _, e := range s.Exempt {
 		line("exempt", "%s, %d connects", cmp.Or(e.Unit, e.Cgroup, fmt.Sprintf("cgroup %d", e.ID)), e.Connects)
 	}
