@@ -131,7 +131,7 @@ func openNode(c Config, log zerolog.Logger, manager serviceManager, before inher
 	if err := n.openSPIRE(processes); err != nil {
 		return nil, err
 	}
-	if n.attest, err = n.openAttestor(processes); err != nil {
+	if err := n.openAttestor(processes); err != nil {
 		return nil, err
 	}
 	n.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
@@ -437,7 +437,7 @@ func (n *Node) identify(ctx context.Context, r bpf.Record) (*spiffe.Attested, er
 	}
 	return n.attest.Attest(ctx, spiffe.Peer{TGID: r.TGID, UID: r.UID, GID: r.GID, StartBoottime: r.StartBoottime,
 		ExecID: r.ExecID, PidInode: r.PidInode, ExeInode: r.ExeInode, ExeDev: r.ExeDev, CgroupID: r.CgroupID,
-		Comm: r.Comm.String()})
+		Comm: r.Comm.String(), Socket: r.ClientCookie})
 }
 
 // reset closes with RST: connect(2) has succeeded already, and this is how a refusal after it looks to every client.
@@ -456,8 +456,7 @@ func (t tasks) Task(pid uint32) (spiffe.TaskFacts, error) {
 	if errors.Is(err, bpf.ErrNoTask) {
 		err = unix.ESRCH
 	}
-	return spiffe.TaskFacts{StartBoottime: f.StartBoottime, ExecID: f.ExecID, PidInode: f.PidInode, ExeInode: f.ExeInode,
-		ExeDev: f.ExeDev, UID: f.UID, GID: f.GID, CgroupID: f.CgroupID}, err
+	return facts(f), err
 }
 
 // kernelCounters exports the counters of the eBPF programs.
