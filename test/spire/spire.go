@@ -368,3 +368,6 @@ func (s *SPIRE) Logs() string {
 	}
 	return all.String()
 }
+
+// ShortTTL is the shortest life of an X509-SVID that works: the agent looks only every SyncInterval what is due.
+func (s *SPIRE) ShortTTL() time.Duration { return 10 * s.opts.SyncInterval }
