@@ -50,6 +50,13 @@ var All = []Case{
 	{"a JWT-SVID is given out while the agent is away", tokenWhileAway},
 }
 
+// Bounded are the cases with a bound that SPIRE's own intervals must not break.
+var Bounded = []Case{
+	{"a revoked entry ends the identity", revocation},
+	{"a removed federation is not trusted any more", federation},
+	{"SVIDs are rotated without a gap", rotation},
+}
+
 func ownIdentity(ctx context.Context, e *Env) error {
 	_, a, err := e.serving(ctx)
 	if err != nil {
