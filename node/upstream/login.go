@@ -46,7 +46,7 @@ const bearer = "OAUTHBEARER"
 var mechanisms = map[string]func(c *Credentials, t *tokens) sasl.Mechanism{
 	"PLAIN": func(c *Credentials, _ *tokens) sasl.Mechanism {
 		return plain.Plain(func(context.Context) (plain.Auth, error) {
-			pass, err := secret(c.PasswordFile)
+			pass, err := secret("password-file", c.PasswordFile)
 			return plain.Auth{User: c.Username, Pass: pass}, err
 		})
 	},
@@ -64,36 +64,33 @@ var mechanisms = map[string]func(c *Credentials, t *tokens) sasl.Mechanism{
 func Mechanisms() []string { return slices.Sorted(maps.Keys(mechanisms)) }
 
 func (c *Credentials) scram(context.Context) (scram.Auth, error) {
-	pass, err := secret(c.PasswordFile)
+	pass, err := secret("password-file", c.PasswordFile)
 	return scram.Auth{User: c.Username, Pass: pass}, err
 }
 
 // check reads the files.
 func (c *Credentials) check() error {
-	for _, file := range []string{c.PasswordFile, c.ClientSecretFile} {
+	for key, file := range map[string]string{"password-file": c.PasswordFile, "client-secret-file": c.ClientSecretFile} {
 		if file == "" {
 			continue
 		}
-		if _, err := secret(file); err != nil {
+		if _, err := secret(key, file); err != nil {
 			return err
 		}
 	}
-	if c.CA == "" {
-		return nil
-	}
-	_, err := (&verifier{&TLS{CA: c.CA}}).roots()
+	_, err := readCA(c.CA)
 	return err
 }
 
-// secret is what a file holds, without the line's end.
-func secret(file string) (string, error) {
+// secret is what the file of a key of the configuration holds, without the line's end.
+func secret(key, file string) (string, error) {
 	b, err := os.ReadFile(file)
 	if err != nil {
-		return "", fmt.Errorf("read the secret: %w", err)
+		return "", fmt.Errorf("read %s: %w", key, err)
 	}
 	b = bytes.TrimSuffix(bytes.TrimSuffix(b, []byte("\n")), []byte("\r"))
 	if len(b) == 0 {
-		return "", fmt.Errorf("read the secret: %s is empty", file)
+		return "", fmt.Errorf("read %s: %s is empty", key, file)
 	}
 	return string(b), nil
 }
@@ -125,8 +122,8 @@ type Login struct {
 	due       atomic.Int64 // Unix time in ns; 0: never
 }
 
-// Due is when the login must be renewed (KIP-368); zero: never. It leaves a sixth of the session's life to wait for a
-// broker that is at work on earlier requests.
+// Due is when the login must be renewed (KIP-368); zero: never. What is left of the session's life then is for a broker
+// that is at work on earlier requests.
 func (l *Login) Due() time.Time {
 	if ns := l.due.Load(); ns != 0 {
 		return time.Unix(0, ns)
@@ -194,7 +191,8 @@ func (l *Login) handshake(call func(kmsg.Request) (kmsg.Response, error)) error 
 	return nil
 }
 
-func authenticate(call func(kmsg.Request) (kmsg.Response, error), message []byte) (*kmsg.SASLAuthenticateResponse, error) {
+func authenticate(call func(kmsg.Request) (kmsg.Response, error), message []byte) (
+	*kmsg.SASLAuthenticateResponse, error) {
 	req := kmsg.NewPtrSASLAuthenticateRequest()
 	req.Version, req.SASLAuthBytes = 1, message
 	resp, err := call(req)
@@ -215,8 +213,8 @@ func authenticate(call func(kmsg.Request) (kmsg.Response, error), message []byte
 	return answer, nil
 }
 
-// renew plans the next login for 75 to 85 % of the session's life, so that connections do not come all at once. A broker
-// takes no second login within a second.
+// renew plans the next login for 75 to 85 % of the session's life, so that connections do not come all at once. A
+// broker takes no second login within a second.
 func (l *Login) renew(from time.Time, life time.Duration) {
 	if life <= 0 {
 		l.due.Store(0)

@@ -7,13 +7,14 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+
+	"klamm/node/secure"
 )
 
 // TLS says how brokers are verified, and what they are shown. Files are read anew at each handshake.
@@ -45,7 +46,7 @@ type verifier struct{ *TLS }
 
 func newVerifier(t *TLS) (*verifier, error) {
 	v := &verifier{t}
-	if _, err := v.roots(); err != nil {
+	if _, err := readCA(t.CA); err != nil {
 		return nil, err
 	}
 	if len(t.IDs) > 0 && t.CA == "" && t.Bundles == nil {
@@ -60,14 +61,14 @@ func newVerifier(t *TLS) (*verifier, error) {
 	return v, nil
 }
 
-// roots are the CAs of the file; nil for those of the host.
-func (v *verifier) roots() ([]*x509.Certificate, error) {
-	if v.CA == "" {
+// readCA reads the CAs of a file; of none it is nil, which stands for those of the host.
+func readCA(file string) ([]*x509.Certificate, error) {
+	if file == "" {
 		return nil, nil
 	}
-	data, err := os.ReadFile(v.CA)
+	data, err := os.ReadFile(file)
 	if err != nil {
-		return nil, fmt.Errorf("read tls.ca: %w", err)
+		return nil, fmt.Errorf("read ca: %w", err)
 	}
 	var roots []*x509.Certificate
 	for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) {
@@ -76,20 +77,31 @@ func (v *verifier) roots() ([]*x509.Certificate, error) {
 		}
 		root, err := x509.ParseCertificate(block.Bytes)
 		if err != nil {
-			return nil, fmt.Errorf("tls.ca: %s: %w", v.CA, err)
+			return nil, fmt.Errorf("read ca: %s: %w", file, err)
 		}
 		roots = append(roots, root)
 	}
 	if len(roots) == 0 {
-		return nil, fmt.Errorf("tls.ca: no PEM certificate in %s", v.CA)
+		return nil, fmt.Errorf("read ca: no PEM certificate in %s", file)
 	}
 	return roots, nil
+}
+
+// trust makes a configuration trust these CAs alone, or those of the host.
+func trust(conf *tls.Config, roots []*x509.Certificate) {
+	if roots == nil {
+		return
+	}
+	conf.RootCAs = x509.NewCertPool()
+	for _, root := range roots {
+		conf.RootCAs.AddCert(root)
+	}
 }
 
 func (v *verifier) pair() (*tls.Certificate, error) {
 	pair, err := tls.LoadX509KeyPair(v.Cert, v.Key)
 	if err != nil {
-		return nil, fmt.Errorf("load tls.cert and tls.key: %w", err)
+		return nil, fmt.Errorf("load cert and key: %w", err)
 	}
 	return &pair, nil
 }
@@ -103,23 +115,19 @@ func (v *verifier) config(broker string) (*tls.Config, error) {
 			return nil, err
 		}
 	}
-	roots, err := v.roots()
+	roots, err := readCA(v.CA)
 	if err != nil {
 		return nil, err
 	}
-	switch {
-	case len(v.IDs) > 0:
-		bundles := v.Bundles
-		if roots != nil {
-			bundles = x509bundle.FromX509Authorities(v.IDs[0].TrustDomain(), roots)
-		}
-		tlsconfig.HookTLSClientConfig(conf, bundles, tlsconfig.AuthorizeOneOf(v.IDs...))
-	case roots != nil:
-		conf.RootCAs = x509.NewCertPool()
-		for _, root := range roots {
-			conf.RootCAs.AddCert(root)
-		}
+	if len(v.IDs) == 0 {
+		trust(conf, roots)
+		return conf, nil
 	}
+	bundles := v.Bundles
+	if roots != nil {
+		bundles = x509bundle.FromX509Authorities(v.IDs[0].TrustDomain(), roots)
+	}
+	tlsconfig.HookTLSClientConfig(conf, bundles, tlsconfig.AuthorizeOneOf(v.IDs...))
 	return conf, nil
 }
 
@@ -127,7 +135,11 @@ func (v *verifier) config(broker string) (*tls.Config, error) {
 func (v *verifier) certificate(subject Identity) (*tls.Certificate, error) {
 	switch {
 	case v.Cert != "":
-		return v.pair()
+		pair, err := v.pair()
+		if err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrTLS, err)
+		}
+		return pair, nil
 	case v.Certificate == Nobody:
 		return nil, nil
 	case subject == nil:
@@ -141,31 +153,27 @@ func (v *verifier) certificate(subject Identity) (*tls.Certificate, error) {
 }
 
 // handshake makes a connection TLS, with the broker that the name or the SPIFFE IDs say.
-func (v *verifier) handshake(ctx context.Context, conn net.Conn, broker string, subject Identity) (net.Conn, error) {
+func (v *verifier) handshake(ctx context.Context, conn net.Conn, broker string, subject Identity) (*secured, error) {
 	conf, err := v.config(broker)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrTLS, err)
 	}
-	shown, err := v.certificate(subject)
+	certificate, err := v.certificate(subject)
 	if err != nil {
 		return nil, err
 	}
-	asked := false
-	if shown != nil {
+	s := new(secured)
+	if certificate != nil {
 		conf.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
-			asked = true
-			return shown, nil
+			s.shown = true
+			return certificate, nil
 		}
 	}
-	secure := tls.Client(conn, conf)
-	if err := secure.HandshakeContext(ctx); err != nil {
+	s.Conn = secure.Client(conn, conf)
+	if err := s.HandshakeContext(ctx); err != nil {
 		return nil, fmt.Errorf("%w: %s: %w", ErrTLS, v.wanted(conf), err)
 	}
-	if shown != nil && !asked {
-		return nil, fmt.Errorf("%w: the broker asks for no certificate, so it would not know the workload "+
-			"(Kafka: ssl.client.auth=required)", ErrTLS)
-	}
-	return ended{secure}, nil
+	return s, nil
 }
 
 // wanted says who the broker should be.
@@ -176,15 +184,8 @@ func (v *verifier) wanted(conf *tls.Config) string {
 	return "want " + conf.ServerName
 }
 
-// ended is a TLS connection that may end without a close_notify, as it does when a broker dies: Kafka's frames tell by
-// themselves where they end.
-type ended struct{ *tls.Conn }
-
-// Read implements net.Conn.
-func (e ended) Read(b []byte) (int, error) {
-	n, err := e.Conn.Read(b)
-	if errors.Is(err, io.ErrUnexpectedEOF) {
-		err = io.EOF
-	}
-	return n, err
+// secured is a TLS connection.
+type secured struct {
+	*secure.Conn
+	shown bool // our certificate, for the broker asked
 }

@@ -3,7 +3,6 @@ package upstream
 import (
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
@@ -26,8 +25,8 @@ const (
 	tokenMargin = 5 * time.Second
 )
 
-// tokens are the access tokens of client credentials, one for all connections. A token is replaced once half of its life
-// is over, in the background: an endpoint that is down is noticed by nobody before the token's end.
+// tokens are the access tokens of client credentials, one for all connections. A token is replaced in the background
+// once half of its life is over: an endpoint that is down is noticed by nobody before the token's end.
 type tokens struct {
 	credentials *Credentials
 	dial        func(ctx context.Context, network, address string) (net.Conn, error)
@@ -97,7 +96,7 @@ func (t *tokens) request() (*oauth2.Token, error) {
 	c := t.credentials
 	ctx, cancel := context.WithTimeout(context.Background(), tokenTimeout)
 	defer cancel()
-	pass, err := secret(c.ClientSecretFile)
+	pass, err := secret("client-secret-file", c.ClientSecretFile)
 	if err != nil {
 		return nil, err
 	}
@@ -120,16 +119,11 @@ func (t *tokens) request() (*oauth2.Token, error) {
 
 func (t *tokens) client() (*http.Client, error) {
 	conf := &tls.Config{MinVersion: tls.VersionTLS12}
-	roots, err := (&verifier{&TLS{CA: t.credentials.CA}}).roots()
+	roots, err := readCA(t.credentials.CA)
 	if err != nil {
 		return nil, err
 	}
-	if roots != nil {
-		conf.RootCAs = x509.NewCertPool()
-		for _, root := range roots {
-			conf.RootCAs.AddCert(root)
-		}
-	}
+	trust(conf, roots)
 	return &http.Client{
 		Transport: &http.Transport{DialContext: t.dial, TLSClientConfig: conf, Proxy: http.ProxyFromEnvironment},
 		// The client's secret goes to nobody else.

@@ -61,6 +61,26 @@ func New(o Options) (*Upstream, error) {
 	return u, nil
 }
 
+// Dialer makes the connections of a client of the node's own, on behalf of who. The broker is verified by the name
+// dialled.
+func (u *Upstream) Dialer(dial func(ctx context.Context, network, address string) (net.Conn, error), who Identity,
+) func(ctx context.Context, network, address string) (net.Conn, error) {
+	if u.tls == nil {
+		return dial
+	}
+	return func(ctx context.Context, network, address string) (net.Conn, error) {
+		conn, err := dial(ctx, network, address)
+		if err != nil {
+			return nil, err
+		}
+		secure, err := u.tls.handshake(ctx, conn, address, u.subject(who))
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("broker %s: %w", address, err), conn.Close())
+		}
+		return secure, nil
+	}
+}
+
 // Broker is a connection to a broker that was verified, and told what there is to tell.
 type Broker struct {
 	net.Conn
@@ -87,10 +107,13 @@ func (u *Upstream) Open(ctx context.Context, conn net.Conn, name string, who Ide
 	if err == nil {
 		err = context.Cause(ctx)
 	}
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("broker %s: %w", name, err), conn.Close())
+	if err == nil {
+		return b, nil
 	}
-	return b, nil
+	if b.Login == nil { // whose errors say it themselves
+		err = fmt.Errorf("broker %s: %w", name, err)
+	}
+	return nil, errors.Join(err, conn.Close())
 }
 
 func (u *Upstream) open(ctx context.Context, b *Broker, name string, who Identity) error {
@@ -102,7 +125,10 @@ func (u *Upstream) open(ctx context.Context, b *Broker, name string, who Identit
 		if err != nil {
 			return err
 		}
-		b.Conn = conn
+		if b.Conn = conn; u.tls.Certificate == Workload && !conn.shown {
+			return fmt.Errorf("%w: the broker asks for no certificate, so it does not learn who the workload is "+
+				"(Kafka: ssl.client.auth=required)", ErrTLS)
+		}
 	}
 	if u.login != nil {
 		b.Login = &Login{mechanism: u.login.mechanism(who, u.tokens), broker: name}
@@ -120,7 +146,9 @@ func (u *Upstream) identify(b *Broker, who Identity) (err error) {
 	if !byCertificate && (u.login == nil || u.login.Audience == "") {
 		return nil
 	}
-	b.who = who
+	if b.who = who; who == nil {
+		return ErrNoSVID
+	}
 	if b.svid, err = who.X509SVID(); err != nil {
 		return fmt.Errorf("%w: %w", ErrNoSVID, err)
 	}
