@@ -329,6 +329,12 @@ func TestTheIssuerIsAskedWithTheNodesOwnToken(t *testing.T) {
 	if err := set.Refresh(t.Context()); err == nil {
 		t.Error("no token, but an answer")
 	}
+	if err := os.WriteFile(file, []byte("two\nlines"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := set.Refresh(t.Context()); err == nil || !strings.Contains(err.Error(), file) {
+		t.Error(err)
+	}
 	for _, token := range []string{"first", "second"} {
 		if err := os.WriteFile(file, []byte(token+"\n"), 0o600); err != nil {
 			t.Fatal(err)

@@ -45,11 +45,15 @@ func (r Remote) ask(ctx context.Context, method, url string, body []byte) ([]byt
 		request.Header.Set("Content-Type", "application/json")
 	}
 	if r.Bearer != "" {
-		token, err := os.ReadFile(r.Bearer)
+		text, err := os.ReadFile(r.Bearer)
 		if err != nil {
 			return nil, fmt.Errorf("read the token for %s: %w", url, err)
 		}
-		request.Header.Set("Authorization", "Bearer "+strings.TrimSpace(string(token)))
+		token := strings.Fields(string(text))
+		if len(token) != 1 {
+			return nil, fmt.Errorf("%s has no token alone, for %s", r.Bearer, url)
+		}
+		request.Header.Set("Authorization", "Bearer "+token[0])
 	}
 	answer, err := client.Do(request)
 	if err != nil {
