@@ -27,6 +27,7 @@ import (
 	"klamm/enforcer"
 	"klamm/enforcer/audit"
 	"klamm/enforcer/policy"
+	"klamm/node/upstream"
 	"klamm/spiffe"
 )
 
@@ -131,7 +132,7 @@ func openNode(c Config, log zerolog.Logger, manager serviceManager, before inher
 	if err := n.openSPIRE(processes); err != nil {
 		return nil, err
 	}
-	if n.attest, err = n.openAttestor(processes); err != nil {
+	if err := n.openAttestor(processes); err != nil {
 		return nil, err
 	}
 	n.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
@@ -201,6 +202,7 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 	}()
 	for _, c := range n.config.Clusters {
 		cluster, err := OpenCluster(c, ClusterOptions{Dial: n.redirect.Dialer().DialContext, Ports: n.config.Intercept.Ports,
+			Agent:   n.agent(),
 			OnPorts: n.interceptAlso, OnNetworks: func(networks []bpf.Network) { n.interceptAt(c.Name, networks) },
 			Log: n.log})
 		if err != nil {
@@ -384,7 +386,7 @@ func (n *Node) serve(ctx context.Context, conn net.Conn, r bpf.Record) {
 	client.Cluster = destination.Config().Name
 	dialled, cancel := context.WithTimeout(ctx, n.config.Limits.DialTimeout)
 	defer cancel()
-	broker, err := n.redirect.Dial(dialled, r)
+	broker, err := n.redirect.Dial(dialled, r, destination.Config().Upstream.fromClient())
 	if err != nil {
 		if ctx.Err() != nil {
 			refuse(audit.BrokerUnreachable, fmt.Errorf("the node ends: %w", err))
@@ -396,8 +398,22 @@ func (n *Node) serve(ctx context.Context, conn net.Conn, r bpf.Record) {
 		refuse(audit.BrokerUnreachable, err)
 		return
 	}
-	err = n.enforcer.Serve(ctx, enforcer.Conn{Client: client, Downstream: conn, Upstream: broker,
-		Workload: workload, Kafka: destination, AutoCreate: destination.AutoCreate()})
+	opened, err := destination.Open(dialled, broker, workload)
+	if err != nil {
+		refuse(upstreamReason(err), err)
+		return
+	}
+	enforced := enforcer.Conn{Client: client, Downstream: conn, Upstream: opened.Conn, Workload: workload,
+		Kafka: destination, AutoCreate: destination.AutoCreate()}
+	if opened.Login != nil {
+		enforced.Login = opened.Login
+	}
+	ctx, stop := whileCurrent(ctx, opened, workload)
+	defer stop()
+	err = n.enforcer.Serve(ctx, enforced)
+	if cause := context.Cause(ctx); errors.Is(cause, upstream.ErrNoSVID) {
+		n.refuse(client, audit.NoSVID, cause)
+	}
 	if err != nil {
 		n.log.Debug().Err(err).Str("conn", client.ID).Msg("connection ended")
 	}
@@ -422,7 +438,7 @@ func (n *Node) identify(ctx context.Context, r bpf.Record) (*spiffe.Attested, er
 	}
 	return n.attest.Attest(ctx, spiffe.Peer{TGID: r.TGID, UID: r.UID, GID: r.GID, StartBoottime: r.StartBoottime,
 		ExecID: r.ExecID, PidInode: r.PidInode, ExeInode: r.ExeInode, ExeDev: r.ExeDev, CgroupID: r.CgroupID,
-		Comm: r.Comm.String()})
+		Comm: r.Comm.String(), Socket: r.ClientCookie})
 }
 
 // reset closes with RST: connect(2) has succeeded already, and this is how a refusal after it looks to every client.
@@ -441,8 +457,7 @@ func (t tasks) Task(pid uint32) (spiffe.TaskFacts, error) {
 	if errors.Is(err, bpf.ErrNoTask) {
 		err = unix.ESRCH
 	}
-	return spiffe.TaskFacts{StartBoottime: f.StartBoottime, ExecID: f.ExecID, PidInode: f.PidInode, ExeInode: f.ExeInode,
-		ExeDev: f.ExeDev, UID: f.UID, GID: f.GID, CgroupID: f.CgroupID}, err
+	return facts(f), err
 }
 
 // kernelCounters exports the counters of the eBPF programs.

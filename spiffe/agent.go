@@ -11,7 +11,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
-	"google.golang.org/grpc"
 )
 
 // maxSilence is how long the agent's bundles are trusted after it was last heard: whom it does not trust any more would
@@ -45,8 +44,8 @@ func OpenAgent(socket string) *Agent {
 	a := &Agent{socket: socket, stop: stop, done: make(chan struct{}), err: agentError(workloadAPI, socket, errStarting), silent: time.Now(),
 		changed: make(chan struct{}), asked: make(chan struct{})}
 	a.heard = sync.OnceFunc(func() { close(a.asked) })
-	a.mute = time.AfterFunc(answerTimeout, func() {
-		a.OnX509ContextWatchError(fmt.Errorf("%w within %v", errMute, answerTimeout))
+	a.mute = time.AfterFunc(muteTimeout, func() {
+		a.OnX509ContextWatchError(fmt.Errorf("%w within %v", errMute, muteTimeout))
 	})
 	go func() {
 		defer close(a.done)
@@ -69,8 +68,7 @@ func (a *Agent) run(ctx context.Context) {
 // watch follows one client's stream until it ends for good, which go-spiffe lets it after InvalidArgument.
 func (a *Agent) watch(ctx context.Context, retry *retries) {
 	client, err := workloadapi.New(ctx, workloadapi.WithAddr("unix://"+a.socket),
-		workloadapi.WithBackoffStrategy(pace{retry}),
-		workloadapi.WithDialOptions(grpc.WithNoProxy(), grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer))))
+		workloadapi.WithBackoffStrategy(pace{retry}), workloadapi.WithDialOptions(dialOptions()...))
 	if err != nil {
 		a.OnX509ContextWatchError(err)
 		return
@@ -105,7 +103,7 @@ func (a *Agent) OnX509ContextUpdate(c *workloadapi.X509Context) {
 
 // OnX509ContextWatchError keeps what the agent said last, unless it says that the node has no identity.
 func (a *Agent) OnX509ContextWatchError(err error) {
-	a.mute.Reset(answerTimeout)
+	a.mute.Reset(muteTimeout)
 	defer a.heard()
 	a.mu.Lock()
 	defer a.mu.Unlock()

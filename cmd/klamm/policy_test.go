@@ -70,14 +70,14 @@ func TestCommandLines(t *testing.T) {
 		"the version": {"version", 0, "klamm ", ""},
 
 		"a good file is ok": {
-			"policy check shop.yaml", 0, "ok: shop.yaml: rules 1, mode enforce, cluster \"payments\"\n", "",
+			"policy check shop.yaml", 0, "ok: shop.yaml: rules 1, connections 0, mode enforce, cluster \"payments\"\n", "",
 		},
-		"a warning does not fail": {"policy check watch.yaml", 0, "ok: watch.yaml: rules 1, mode observe, every cluster\n",
+		"a warning does not fail": {"policy check watch.yaml", 0, "ok: watch.yaml: rules 1, connections 0, mode observe, every cluster\n",
 			"warning: watch.yaml:4:49: All includes the other operations\n"},
 		"all errors of all files are printed": {"policy check broken.yaml empty.yaml missing.yaml shop.yaml", 1,
-			"ok: shop.yaml: rules 1, mode enforce, cluster \"payments\"\n",
+			"ok: shop.yaml: rules 1, connections 0, mode enforce, cluster \"payments\"\n",
 			"broken.yaml:2:7: unknown mode \"watch\" (allowed: enforce, observe)\n" +
-				"broken.yaml:4:1: unknown key \"guards\" (allowed: apiVersion, mode, cluster, rules)\n" +
+				"broken.yaml:4:1: unknown key \"guards\" (allowed: apiVersion, mode, cluster, rules, connections)\n" +
 				"empty.yaml:1: the file is empty\n" +
 				"missing.yaml: cannot read it: no such file or directory\n"},
 		"a file is needed": {"policy check", 1, "", "klamm: requires at least 1 arg(s), only received 0\n"},

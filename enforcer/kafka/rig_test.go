@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/twmb/franz-go/pkg/kfake"
 	"github.com/twmb/franz-go/pkg/kmsg"
 
@@ -25,6 +26,7 @@ import (
 	"klamm/enforcer/kafka/records"
 	"klamm/enforcer/kafka/wire"
 	"klamm/enforcer/policy"
+	"klamm/spiffe"
 )
 
 // ordersOnly lets everyone use the topics whose names begin with "orders", and nothing else but to look at the cluster.
@@ -61,6 +63,8 @@ type rig struct {
 	cluster *knownTopics
 	log     *auditLines
 	audit   *audit.Log
+	who     *workload // behind the connections
+	login   Login     // of the node; nil: none
 }
 
 func newRig(t testing.TB, rules string) *rig {
@@ -79,16 +83,63 @@ func newRig(t testing.TB, rules string) *rig {
 		},
 		cluster: &knownTopics{names: map[authz.TopicID]string{}},
 		log:     new(auditLines),
+		who:     newWorkload(identified("spiffe://example.test/orders")),
 	}
 	r.audit = audit.New(r.log, "node-1")
 	return r
 }
 
-var subject = policy.Subject{Cluster: "main", SPIFFE: "spiffe://example.test/orders"}
-
 func (r *rig) conn(client, broker net.Conn) Conn {
-	return Conn{Client: client, Broker: broker, Cluster: r.cluster, Policy: subject, Audit: r.audit,
-		Subject: audit.Subject{Connection: "1", Cluster: "main"}}
+	return Conn{Client: client, Broker: broker, Cluster: r.cluster, Workload: r.who, Login: r.login,
+		Policy: policy.Subject{Cluster: "main"}, Audit: r.audit, Subject: audit.Subject{Connection: "1", Cluster: "main"}}
+}
+
+// workload is a process whose identity the test changes.
+type workload struct {
+	now      atomic.Pointer[spiffe.Identity]
+	mu       sync.Mutex
+	watchers map[*func()]struct{}
+}
+
+func newWorkload(id *spiffe.Identity) *workload {
+	w := &workload{watchers: map[*func()]struct{}{}}
+	w.now.Store(id)
+	return w
+}
+
+func (w *workload) Identity() *spiffe.Identity { return w.now.Load() }
+
+func (w *workload) Watch(changed func()) func() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.watchers[&changed] = struct{}{}
+	return func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		delete(w.watchers, &changed)
+	}
+}
+
+// become changes the identity, quietly or so that the watchers hear of it.
+func (w *workload) become(id *spiffe.Identity, quietly bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.now.Store(id)
+	for changed := range w.watchers {
+		if !quietly {
+			(*changed)()
+		}
+	}
+}
+
+// identified is who SPIRE knows as id; "" is nobody.
+func identified(id string) *spiffe.Identity {
+	if id == "" {
+		return &spiffe.Identity{}
+	}
+	known := spiffeid.RequireFromString(id)
+	return &spiffe.Identity{ID: known, Source: spiffe.SourceSPIRE,
+		Evidence: []spiffe.Evidence{{Source: spiffe.SourceSPIRE, ID: known, Expires: time.Now().Add(time.Hour)}}}
 }
 
 // serve runs a session from a new client to the broker at addr. Its end is in the channel.
@@ -290,6 +341,9 @@ func newTrail(lines *auditLines) *audit.Trail {
 
 type auditLine struct {
 	Event, Verdict, Reason, Error, API, Topic, Outcome, Rule string
+	Change, From, To, Source, Why, Hint, Principal           string
+	SPIFFE                                                   string `json:"spiffe_id"`
+	Mechanism                                                string `json:"sasl_mechanism"`
 	Partition, Count                                         int32
 	Batches                                                  []struct {
 		BaseOffset int64 `json:"base_offset"`

@@ -54,7 +54,7 @@ func (p *Policy) Explain(s Subject, t kmsg.ACLResourceType, name string, op kmsg
 
 // reason puts a decision in words.
 func (p *Policy) reason(s *Subject, d Decision) string {
-	inScope := slices.ContainsFunc(p.sets, func(set *Set) bool { return scoped(set.Cluster, s) })
+	inScope := slices.ContainsFunc(p.sets, func(set *Set) bool { return set.rules != nil && scoped(set.Cluster, s) })
 	switch {
 	case !inScope:
 		return "no policy file is for this cluster: everything is refused"
@@ -72,7 +72,7 @@ func (p *Policy) reason(s *Subject, d Decision) string {
 }
 
 // excludes says why the rule is not about the subject; empty when it is.
-func (r *rule) excludes(s *Subject) string {
+func (r *scope) excludes(s *Subject) string {
 	switch {
 	case !scoped(r.Cluster, s):
 		return fmt.Sprintf("it is for the cluster %q only", r.Cluster)

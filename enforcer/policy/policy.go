@@ -77,7 +77,15 @@ func (p *Policy) For(s Subject) *View {
 	return v
 }
 
-// selects finds the rules that name the subject, and whether only sets in observe mode speak of its cluster.
+// Nobody is the view of a subject whom no rule names any more: it has no right. Sets in observe mode only say so.
+func (p *Policy) Nobody(s Subject) *View {
+	if p == nil {
+		return nil
+	}
+	return compile(nil, p.observes(&s), func(int) string { return "" })
+}
+
+// selects finds the rules that name the subject, and whether only sets in observe mode have rules for its cluster.
 func (p *Policy) selects(s *Subject) (selected []int, observed bool) {
 	for i, r := range p.rules {
 		if scoped(p.owner[i].Cluster, s) && r.excludes(s) == "" {
@@ -87,10 +95,16 @@ func (p *Policy) selects(s *Subject) (selected []int, observed bool) {
 	return selected, p.observes(s)
 }
 
+// observes tells whether only sets in observe mode have rules for the subject's cluster.
 func (p *Policy) observes(s *Subject) bool {
+	return p.onlyObserved(s, func(set *Set) bool { return set.rules != nil })
+}
+
+// onlyObserved tells whether there are such sets for the subject's cluster, and all of them are in observe mode.
+func (p *Policy) onlyObserved(s *Subject, such func(*Set) bool) bool {
 	observed := false
 	for _, set := range p.sets {
-		if scoped(set.Cluster, s) {
+		if scoped(set.Cluster, s) && such(set) {
 			if set.Mode != Observe {
 				return false
 			}
@@ -120,9 +134,9 @@ func (p *Policy) accesses(s *Subject, selected []int) []access {
 	return all
 }
 
-// grants tells whether the rule's allows are for the subject too. "*" denies everyone, but allows only who is
+// grants tells whether what is allowed is for the subject too. "*" denies everyone, but allows only who is
 // identified: both are the safe side.
-func (r *rule) grants(s *Subject) bool {
+func (r *scope) grants(s *Subject) bool {
 	return !s.anonymous() || slices.ContainsFunc(r.Principals, func(p principal) bool { return p.kind == anonymous })
 }
 

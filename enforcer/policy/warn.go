@@ -69,7 +69,7 @@ func (s *Set) deniedBy(r *rule, allow entry) string {
 		by := &s.rules[i]
 		for _, d := range by.Deny {
 			if d.kind == allow.kind && granted&^d.operations.effective(false) == 0 &&
-				d.pattern.covers(allow.pattern) && by.about(r) {
+				d.pattern.covers(allow.pattern) && by.about(&r.scope) {
 				return by.Name
 			}
 		}
@@ -77,8 +77,8 @@ func (s *Set) deniedBy(r *rule, allow entry) string {
 	return ""
 }
 
-// about tells whether the rule names every subject that q names.
-func (r *rule) about(q *rule) bool {
+// about tells whether the scope names every subject that q names.
+func (r *scope) about(q *scope) bool {
 	return (r.Cluster == "" || r.Cluster == q.Cluster) &&
 		all(q.Principals, func(b principal) bool {
 			return slices.ContainsFunc(r.Principals, func(a principal) bool { return a.covers(b) })
