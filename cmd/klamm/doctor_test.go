@@ -89,6 +89,8 @@ func TestTheDoctorSaysWhatToDo(t *testing.T) {
 
 func TestTheDoctorChecksTheConfigurationAndItsClusters(t *testing.T) {
 	broker, down := stage.StartBroker(t), stage.DownAddr(t)
+	token := filepath.Join(t.TempDir(), "token")
+	stage.WriteFile(t, token, "token\n")
 	unknown := stage.Config{"clusters": stage.Clusters("broker.invalid:9092")}
 	agent, err := fake.New(fake.Options{})
 	if err != nil {
@@ -115,6 +117,11 @@ func TestTheDoctorChecksTheConfigurationAndItsClusters(t *testing.T) {
 		"an agent that serves":       {broker.Addr(), spire("broker", agent.Socket("broker")), "", ""},
 		"an agent that is not there": {broker.Addr(), spire("broker", "/gone.sock"), "SPIRE agent", "start the SPIRE agent"},
 		"an agent's other socket":    {broker.Addr(), spire("delegated", agent.WorkloadAPI()), "SPIRE agent", "admin_socket_path"},
+		"an issuer that is down": {broker.Addr(),
+			stage.Config{"oidc": "[{issuer: 'http://" + down + "', audiences: [kafka]}]"},
+			"issuer http://" + down, "connection refused"},
+		"an API server that is down": {broker.Addr(), stage.Config{"kubernetes": "{review: {server: 'https://" + down +
+			"', token-file: '" + token + "'}}"}, "token reviews", "connection refused"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
