@@ -82,6 +82,7 @@ type Conn struct {
 	Downstream, Upstream net.Conn
 	Workload             kafka.Workload // whose identity is Client.Identity now
 	Login                kafka.Login    // nil: the node does not log in for the workload
+	AsWorkload           bool           // see kafka.Conn
 	Kafka                kafka.Cluster
 	AutoCreate           bool // the cluster's brokers create topics a Metadata request names (auto.create.topics.enable)
 }
@@ -98,14 +99,14 @@ func (e *Enforcer) Serve(ctx context.Context, c Conn) error {
 		return err
 	}
 	subject := policy.Subject{Cluster: c.Cluster}
-	if id := c.Identity.ID; !id.IsZero() {
-		subject.SPIFFE = id.String()
-	}
 	if host, ok := c.Upstream.LocalAddr().(*net.TCPAddr); ok {
 		subject.Host = host.AddrPort().Addr().Unmap() // what the broker sees, and would have seen without us
 	}
 	err := kafka.Serve(ctx, &e.kafka, kafka.Conn{Client: c.Downstream, Broker: c.Upstream, Cluster: c.Kafka,
-		Workload: c.Workload, Login: c.Login, AutoCreate: c.AutoCreate, Policy: subject, Audit: e.audit, Subject: c.subject()})
+		Workload: c.Workload, Login: c.Login, AsWorkload: c.AsWorkload, AutoCreate: c.AutoCreate, Policy: subject,
+		Audit: e.audit, Subject: c.subject()})
+	c.Identity = *c.Workload.Identity()
+	trail.Become(c.subject())
 	line := trail.Line("connection", audit.Allow).Str("state", "closed").Dur("duration_ms", time.Since(started))
 	if errors.Is(err, kafka.ErrDrained) {
 		line, err = line.Bool("drained", true), nil

@@ -20,6 +20,8 @@ import (
 	"github.com/twmb/franz-go/pkg/kmsg"
 
 	"klamm/bpf"
+	"klamm/node/upstream"
+	"klamm/spiffe"
 )
 
 // ErrNoCluster says that a destination belongs to none of the configured clusters: the connection must be refused. An
@@ -60,6 +62,8 @@ type ClusterOptions struct {
 	// OnNetworks is told where ports that are not only brokers' (below 1024, and not configured) are, each time the
 	// cluster's brokers are looked up: all of them, and none is not told.
 	OnNetworks func([]bpf.Network)
+	// Agent is the SPIRE agent; nil: there is none.
+	Agent *spiffe.Agent
 	// Log is told when a cluster's state changes.
 	Log zerolog.Logger
 
@@ -74,6 +78,7 @@ type Cluster struct {
 	config ClusterConfig
 	opts   ClusterOptions
 	client *kgo.Client
+	up     *upstream.Upstream
 	known  atomic.Pointer[brokers] // replaced whole
 
 	autoCreate atomic.Pointer[bool] // nil until a broker has told
@@ -119,9 +124,13 @@ type broker struct {
 // OpenCluster starts to follow a cluster. It fails only for what is wrong on this host: a certificate or password that
 // cannot be read. Brokers that do not answer are asked again until Close, see State.
 func OpenCluster(config ClusterConfig, opts ClusterOptions) (*Cluster, error) {
-	client, err := newClient(config, opts.Dial)
+	client, err := newClient(config, opts.Agent, opts.Dial)
 	if err != nil {
 		return nil, fmt.Errorf("cluster %s: %w", config.Name, err)
+	}
+	up, err := config.Upstream.open(opts.Agent, opts.Dial)
+	if err != nil {
+		return nil, fmt.Errorf("cluster %s: upstream: %w", config.Name, err)
 	}
 	if opts.pace == nil {
 		opts.pace = &defaultPace
@@ -132,7 +141,7 @@ func OpenCluster(config ClusterConfig, opts ClusterOptions) (*Cluster, error) {
 		}
 	}
 	opts.Log = opts.Log.With().Str("cluster", config.Name).Logger()
-	c := &Cluster{topics: newTopics(*opts.pace, opts.Log), config: config, opts: opts, client: client,
+	c := &Cluster{topics: newTopics(*opts.pace, opts.Log), config: config, opts: opts, client: client, up: up,
 		state: ClusterState{Name: config.Name, Err: errors.New("not asked yet")}}
 	c.known.Store(&brokers{ports: opts.Ports})
 	c.ctx, c.stop = context.WithCancel(context.Background())
@@ -456,6 +465,11 @@ type Destination struct {
 	// Confirmed: the cluster itself, or its bootstrap, names this address. Where only its network is configured, who
 	// listens there is not known well enough to believe its topic ids.
 	Confirmed bool
+}
+
+// Open makes a dialled connection one to this broker, on behalf of who; see upstream.Upstream.
+func (d Destination) Open(ctx context.Context, conn net.Conn, who upstream.Identity) (*upstream.Broker, error) {
+	return d.up.Open(ctx, conn, d.Broker, who)
 }
 
 // Learn is Cluster.Learn for confirmed brokers; others teach nothing.

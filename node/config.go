@@ -19,6 +19,7 @@ import (
 
 	"klamm/enforcer"
 	"klamm/enforcer/policy/strict"
+	"klamm/node/upstream"
 	"klamm/spiffe"
 )
 
@@ -30,6 +31,16 @@ type Config struct {
 	Clusters []ClusterConfig `yaml:"clusters" strict:"required"`
 	// The first rule that matches wins. Default: none, every workload is unidentified.
 	Identities Identities `yaml:"identities"`
+	// The SPIRE agent of this host. Default: none is asked.
+	SPIRE *SPIREConfig `yaml:"spire"`
+	// Issuers whose tokens count. Default: none.
+	OIDC []IssuerConfig `yaml:"oidc"`
+	// Service account tokens of pods. Default: none counts.
+	Kubernetes *KubernetesConfig `yaml:"kubernetes"`
+	// Files of workloads with tokens; the first that a workload has counts. Default: none.
+	TokenFiles []TokenFileConfig `yaml:"token-file"`
+	// Which sources are asked who a workload is.
+	Attestation AttestationConfig `yaml:"attestation"`
 	// Policy files. Default: none, all is denied.
 	Policies []string      `yaml:"policies"`
 	Audit    AuditConfig   `yaml:"audit"`
@@ -120,30 +131,12 @@ type ClusterConfig struct {
 	Bootstrap []string `yaml:"bootstrap" strict:"required"`
 	// Networks in which every intercepted port is a broker's of this cluster, beside the addresses it advertises.
 	CIDRs []netip.Prefix `yaml:"cidrs"`
-	// Of the node's own client. Default: plaintext.
+	// How the node reaches the brokers on behalf of workloads. Default: in plaintext, without a login of its own.
+	Upstream *UpstreamConfig `yaml:"upstream"`
+	// Of the node's own client. Default: as upstream.
 	TLS *TLSConfig `yaml:"tls"`
-	// Of the node's own client. Default: no SASL.
-	Credentials *CredentialsConfig `yaml:"credentials"`
-}
-
-// TLSConfig is how the node's own client verifies brokers, and itself.
-type TLSConfig struct {
-	// PEM file with the brokers' CA. Default: the CAs the host trusts.
-	CA string `yaml:"ca"`
-	// PEM files with the client's certificate and chain, and its key: both or none. Read anew at each handshake.
-	Cert string `yaml:"cert"`
-	Key  string `yaml:"key"`
-	// The name the brokers' certificates have. Default: the host dialled.
-	ServerName string `yaml:"server-name"`
-}
-
-// CredentialsConfig is the SASL login of the node's own client.
-type CredentialsConfig struct {
-	// PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512.
-	Mechanism string `yaml:"mechanism" strict:"required"`
-	Username  string `yaml:"username" strict:"required"`
-	// Holds the password alone; a line end at its end is dropped. Read anew at each login.
-	PasswordFile string `yaml:"password-file" strict:"required"`
+	// Of the node's own client. Default: as upstream.
+	Credentials *LoginConfig `yaml:"credentials"`
 }
 
 // AuditConfig is where audit lines go.
@@ -187,7 +180,8 @@ func Load(file string) (Config, error) {
 		Node: HostConfig{Pins: filepath.Join(BPFFS, "klamm"), Socket: "/run/klamm/klamm.sock"},
 		Intercept: InterceptConfig{Ports: []uint16{9092}, OnEnforcerDown: Refuse, OnUnenrolled: Refuse,
 			Established: EstablishedConfig{Mode: TakeOver, Rate: 50}, Firewall: true},
-		Audit: AuditConfig{File: "-"},
+		Attestation: AttestationConfig{OnLoss: LossClose, Timeout: 5 * time.Second},
+		Audit:       AuditConfig{File: "-"},
 		Limits: LimitsConfig{MaxFrame: 100 << 20, Memory: 512 << 20, Connections: 10_000,
 			DialTimeout: 5 * time.Second, Drain: 30 * time.Second},
 		Metrics: MetricsConfig{Listen: "127.0.0.1:9464"},
@@ -211,15 +205,27 @@ func Load(file string) (Config, error) {
 
 func (c *Config) paths() []*string {
 	paths := []*string{&c.Node.Cgroup, &c.Node.Pins, &c.Node.Socket, &c.Intercept.NRI, &c.Audit.File}
+	if c.SPIRE != nil {
+		paths = append(paths, &c.SPIRE.Socket, &c.SPIRE.WorkloadAPI)
+	}
+	paths = append(paths, c.tokenPaths()...)
 	for i := range c.Policies {
 		paths = append(paths, &c.Policies[i])
 	}
 	for _, cluster := range c.Clusters {
-		if t := cluster.TLS; t != nil {
-			paths = append(paths, &t.CA, &t.Cert, &t.Key)
+		tls, logins := []*TLSConfig{cluster.TLS}, []*LoginConfig{cluster.Credentials}
+		if u := cluster.Upstream; u != nil {
+			tls, logins = append(tls, u.TLS), append(logins, u.Login)
 		}
-		if s := cluster.Credentials; s != nil {
-			paths = append(paths, &s.PasswordFile)
+		for _, t := range tls {
+			if t != nil {
+				paths = append(paths, t.paths()...)
+			}
+		}
+		for _, l := range logins {
+			if l != nil {
+				paths = append(paths, l.paths()...)
+			}
 		}
 	}
 	return paths
@@ -261,7 +267,9 @@ func (c *Config) UnmarshalYAML(node *yaml.Node) error {
 	type plain Config
 	return section(node, (*plain)(c), func() []check {
 		clusters := key(node, "clusters")
-		checks := []check{{len(c.Clusters) > 0, clusters, "no cluster: give name and bootstrap of at least one"}}
+		checks := append(slices.Concat(c.sources(node), c.issuers(node)), check{len(c.Clusters) > 0, clusters,
+			"no cluster: give name and bootstrap of at least one"})
+		checks = append(checks, c.upstreams(clusters)...)
 		for i, b := range c.Clusters {
 			for _, a := range c.Clusters[:i] {
 				at := clusters.Content[i]
@@ -353,6 +361,8 @@ func (c *ClusterConfig) UnmarshalYAML(node *yaml.Node) error {
 		checks := []check{
 			{clusterName.MatchString(c.Name), key(node, "name"), "want letters, digits, dots, dashes and underscores"},
 			{len(c.Bootstrap) > 0, bootstrap, "no broker: give host:port of at least one"},
+			{c.TLS == nil || c.TLS.Certificate != upstream.Workload, key(key(node, "tls"), "certificate"),
+				"the node's own client has no workload: want node"},
 		}
 		for i, b := range c.Bootstrap {
 			_, _, err := splitBroker(b)
@@ -377,27 +387,6 @@ func splitBroker(s string) (host string, port uint16, err error) {
 		return "", 0, fmt.Errorf("%q is not host:port, like broker-1.example:9092 or [2001:db8::1]:9092", s)
 	}
 	return host, uint16(n), nil
-}
-
-// UnmarshalYAML checks that certificate and key come together.
-func (c *TLSConfig) UnmarshalYAML(node *yaml.Node) error {
-	type plain TLSConfig
-	return section(node, (*plain)(c), func() []check {
-		return []check{{(c.Cert == "") == (c.Key == ""), node, "cert and key are given together or not at all"}}
-	})
-}
-
-// UnmarshalYAML checks the mechanism.
-func (c *CredentialsConfig) UnmarshalYAML(node *yaml.Node) error {
-	type plain CredentialsConfig
-	return section(node, (*plain)(c), func() []check {
-		return []check{
-			{slices.Contains(mechanismNames, c.Mechanism), key(node, "mechanism"),
-				strict.Unknown("mechanism", c.Mechanism, mechanismNames)},
-			{c.Username != "", key(node, "username"), "the user name is empty"},
-			{c.PasswordFile != "", key(node, "password-file"), "the path is empty"},
-		}
-	})
 }
 
 // UnmarshalYAML checks ranges.

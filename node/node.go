@@ -27,11 +27,9 @@ import (
 	"klamm/enforcer"
 	"klamm/enforcer/audit"
 	"klamm/enforcer/policy"
+	"klamm/node/upstream"
 	"klamm/spiffe"
 )
-
-// identifyTimeout bounds telling who connected; an executable on a file system that hangs is not waited for.
-const identifyTimeout = 5 * time.Second
 
 // Node is one running agent.
 type Node struct {
@@ -41,6 +39,8 @@ type Node struct {
 	clusters Clusters
 	nri      *nri // nil where no container runtime is asked
 	attest   *spiffe.Attestor
+	spire    *spiffe.SPIRE // nil where no SPIRE agent is asked
+	issuers  *issuers
 	started  time.Time
 	manager  serviceManager
 	taken    func() error  // tells the node before this one that it may end
@@ -103,8 +103,11 @@ func openNode(c Config, log zerolog.Logger, manager serviceManager, before inher
 		return nil, err
 	}
 	n.closers = append(n.closers, file)
+	if err := n.openIssuers(); err != nil {
+		return nil, err
+	}
 	n.enforcer = enforcer.New(enforcer.Options{Policy: rules, Audit: lines, MaxFrame: int(c.Limits.MaxFrame),
-		Memory: int64(c.Limits.Memory), Metrics: n.registry})
+		Memory: int64(c.Limits.Memory), Metrics: n.registry, Tokens: n.logins(), CloseOnLoss: c.Attestation.OnLoss == LossClose})
 	if strings.HasPrefix(c.Node.Pins, BPFFS+"/") {
 		if err := MountBPFFS(BPFFS); err != nil {
 			return nil, err
@@ -125,11 +128,12 @@ func openNode(c Config, log zerolog.Logger, manager serviceManager, before inher
 		workloads = n.nri
 	}
 	processes := spiffe.NewProcesses(tasks{n.redirect}, cgroups, workloads)
-	static, err := spiffe.NewStatic(c.Identities, processes)
-	if err != nil {
+	if err := n.openSPIRE(processes); err != nil {
 		return nil, err
 	}
-	n.attest = spiffe.NewAttestor(processes, static)
+	if err := n.openAttestor(processes); err != nil {
+		return nil, err
+	}
 	n.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		kernelCounters{n.redirect})
 	if n.kept, err = n.redirect.Ports(); err != nil {
@@ -197,6 +201,7 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 	}()
 	for _, c := range n.config.Clusters {
 		cluster, err := OpenCluster(c, ClusterOptions{Dial: n.redirect.Dialer().DialContext, Ports: n.config.Intercept.Ports,
+			Agent:   n.agent(),
 			OnPorts: n.interceptAlso, OnNetworks: func(networks []bpf.Network) { n.interceptAt(c.Name, networks) },
 			Log: n.log})
 		if err != nil {
@@ -216,6 +221,7 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 	}
 	n.conns.Go(func() { n.watch(ctx) })
 	n.conns.Go(func() { n.guard(ctx) })
+	n.conns.Go(func() { n.issuers.Run(ctx) })
 	if n.nri != nil {
 		n.conns.Go(func() { n.nri.run(ctx) })
 	}
@@ -379,7 +385,7 @@ func (n *Node) serve(ctx context.Context, conn net.Conn, r bpf.Record) {
 	client.Cluster = destination.Config().Name
 	dialled, cancel := context.WithTimeout(ctx, n.config.Limits.DialTimeout)
 	defer cancel()
-	broker, err := n.redirect.Dial(dialled, r)
+	broker, err := n.redirect.Dial(dialled, r, destination.Config().Upstream.fromClient())
 	if err != nil {
 		if ctx.Err() != nil {
 			refuse(audit.BrokerUnreachable, fmt.Errorf("the node ends: %w", err))
@@ -391,8 +397,22 @@ func (n *Node) serve(ctx context.Context, conn net.Conn, r bpf.Record) {
 		refuse(audit.BrokerUnreachable, err)
 		return
 	}
-	err = n.enforcer.Serve(ctx, enforcer.Conn{Client: client, Downstream: conn, Upstream: broker,
-		Workload: workload, Kafka: destination, AutoCreate: destination.AutoCreate()})
+	opened, err := destination.Open(dialled, broker, workload)
+	if err != nil {
+		refuse(upstreamReason(err), err)
+		return
+	}
+	enforced := enforcer.Conn{Client: client, Downstream: conn, Upstream: opened.Conn, Workload: workload,
+		Kafka: destination, AutoCreate: destination.AutoCreate()}
+	if opened.Login != nil {
+		enforced.Login = opened.Login
+	}
+	ctx, stop := whileCurrent(ctx, opened, workload)
+	defer stop()
+	err = n.enforcer.Serve(ctx, enforced)
+	if cause := context.Cause(ctx); errors.Is(cause, upstream.ErrNoSVID) {
+		n.refuse(client, audit.NoSVID, cause)
+	}
 	if err != nil {
 		n.log.Debug().Err(err).Str("conn", client.ID).Msg("connection ended")
 	}
@@ -407,7 +427,7 @@ func (n *Node) find(ctx context.Context, r bpf.Record) (Destination, error) {
 }
 
 func (n *Node) identify(ctx context.Context, r bpf.Record) (*spiffe.Attested, error) {
-	ctx, cancel := context.WithTimeout(ctx, identifyTimeout)
+	ctx, cancel := context.WithTimeout(ctx, n.config.Attestation.Timeout)
 	defer cancel()
 	if n.nri != nil {
 		select { // a node that has just started does not know yet what the pods are called that were there before
@@ -415,9 +435,14 @@ func (n *Node) identify(ctx context.Context, r bpf.Record) (*spiffe.Attested, er
 		case <-ctx.Done():
 		}
 	}
-	return n.attest.Attest(ctx, spiffe.Peer{TGID: r.TGID, UID: r.UID, GID: r.GID, StartBoottime: r.StartBoottime,
-		ExecID: r.ExecID, PidInode: r.PidInode, ExeInode: r.ExeInode, ExeDev: r.ExeDev, CgroupID: r.CgroupID,
-		Comm: r.Comm.String()})
+	return n.attest.Attest(ctx, peerOf(r))
+}
+
+// peerOf is who made the connect.
+func peerOf(r bpf.Record) spiffe.Peer {
+	return spiffe.Peer{TGID: r.TGID, UID: r.UID, GID: r.GID, StartBoottime: r.StartBoottime, ExecID: r.ExecID,
+		PidInode: r.PidInode, ExeInode: r.ExeInode, ExeDev: r.ExeDev, CgroupID: r.CgroupID, Comm: r.Comm.String(),
+		Socket: r.ClientCookie}
 }
 
 // reset closes with RST: connect(2) has succeeded already, and this is how a refusal after it looks to every client.
@@ -436,8 +461,7 @@ func (t tasks) Task(pid uint32) (spiffe.TaskFacts, error) {
 	if errors.Is(err, bpf.ErrNoTask) {
 		err = unix.ESRCH
 	}
-	return spiffe.TaskFacts{StartBoottime: f.StartBoottime, ExecID: f.ExecID, PidInode: f.PidInode, ExeInode: f.ExeInode,
-		ExeDev: f.ExeDev, UID: f.UID, GID: f.GID, CgroupID: f.CgroupID}, err
+	return facts(f), err
 }
 
 // kernelCounters exports the counters of the eBPF programs.
@@ -461,7 +485,8 @@ func (k kernelCounters) Collect(ch chan<- prometheus.Metric) {
 	}
 }
 
-// serveMetrics serves /metrics, /healthz (the process runs) and /readyz (every cluster was reached).
+// serveMetrics serves /metrics, /healthz (the process runs) and /readyz (every cluster was reached, and every issuer's
+// keys are there).
 func (n *Node) serveMetrics(ctx context.Context, failed chan<- error) error {
 	if n.config.Metrics.Listen == "" {
 		return nil
@@ -490,6 +515,10 @@ func (n *Node) readyz(w http.ResponseWriter, _ *http.Request) {
 			http.Error(w, fmt.Sprintf("cluster %s: %v", s.Name, s.Err), http.StatusServiceUnavailable)
 			return
 		}
+	}
+	if err := n.issuers.ready(); err != nil {
+		http.Error(w, err.Error(), http.StatusServiceUnavailable)
+		return
 	}
 	_, _ = io.WriteString(w, "ready\n")
 }

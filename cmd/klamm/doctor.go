@@ -1,12 +1,14 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -187,7 +189,11 @@ func checkPrograms() (_ string, err error) {
 	if err != nil {
 		return "", err
 	}
-	return "they load and attach (tried at " + filepath.Base(dir) + ")", r.Close()
+	detail := "they load and attach (tried at " + filepath.Base(dir) + ")"
+	if err := r.Unnoticed(); err != nil {
+		detail += "; a process that executes another program is noticed up to a second late: " + err.Error()
+	}
+	return detail, r.Close()
 }
 
 // checkConfig reads the configuration and its policies, and asks every cluster with the node's own client.
@@ -202,9 +208,44 @@ func checkConfig(ctx context.Context, file string, wait time.Duration) []finding
 		fmt.Sprintf("%d files are valid", len(config.Policies)), err))
 	ctx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
+	if config.SPIRE != nil {
+		findings = append(findings, found("SPIRE agent", "klamm status says whether the node that runs can do it: the agent "+
+			"knows it by its process, and may not know this one")(checkSPIRE(ctx, config)))
+	}
+	for _, c := range config.OIDC {
+		if c.TrustDomain == "" {
+			findings = append(findings, found("issuer "+c.Issuer, "check issuer, jwks, ca and bearer-file, and the route from "+
+				"this host")(node.ProbeIssuer(ctx, c)))
+		}
+	}
+	if k := config.Kubernetes; k != nil && k.Review != nil {
+		findings = append(findings, found("token reviews", "check kubernetes.review; 403 means that its account may not "+
+			"create tokenreviews: bind it to the ClusterRole system:auth-delegator")(node.ProbeReview(ctx, *k)))
+	}
 	for _, c := range config.Clusters {
 		probed := found("cluster "+c.Name, "check bootstrap, tls and credentials, and the route from this host")
 		findings = append(findings, probed(node.ProbeCluster(ctx, c, zerolog.Nop())))
 	}
 	return findings
+}
+
+// checkSPIRE asks the node that runs, and the agent itself where there is none.
+func checkSPIRE(ctx context.Context, config node.Config) (string, error) {
+	var status node.Status
+	asked := "the node"
+	err := node.Ask(ctx, config.Node.Socket, "/v1/status", &status)
+	if err != nil || status.SPIRE == nil {
+		asked = "this command"
+		spire, err := node.ProbeSPIRE(ctx, *config.SPIRE)
+		if err != nil {
+			return "", err
+		}
+		status.SPIRE = &spire
+	}
+	s := status.SPIRE
+	if !s.Serves || s.OwnError != "" {
+		return "", errors.New(cmp.Or(s.Error, s.OwnError))
+	}
+	return fmt.Sprintf("%s is %s until %s, may ask for workloads by the %s API at %s, and can verify SVIDs of %s", asked,
+		s.ID, s.Expires.Format(time.RFC3339), s.API, s.Socket, strings.Join(s.TrustOf, ", ")), nil
 }

@@ -8,6 +8,9 @@ const (
 	NoIdentity         Reason = "identity"           // who connected could not be established
 	NoCluster          Reason = "no_cluster"         // the destination belongs to no configured cluster
 	BrokerUnreachable  Reason = "broker_unreachable" // the dial to the original destination failed
+	UpstreamTLS        Reason = "upstream_tls"       // the broker is not who it should be, or refuses our certificate
+	UpstreamLogin      Reason = "upstream_login"     // the node's login at the broker failed, or its renewal
+	NoSVID             Reason = "no_svid"            // the broker is to see the workload's SVID, and it has none
 	TooManyConnections Reason = "too_many_connections"
 	NotEnrolled        Reason = "not_enrolled"        // refused in the kernel: nobody listens in its network namespace yet
 	EnforcerDown       Reason = "enforcer_down"       // refused in the kernel: the node did not run, or hung
@@ -21,6 +24,10 @@ const (
 	UnsupportedVersion Reason = "unsupported_version" // an API key or version we do not decide
 	Undecodable        Reason = "undecodable"         // the body does not parse as what the header says
 	Denied             Reason = "denied"              // the policy refuses it, and no answer can say so
+	IdentityLost       Reason = "identity_lost"       // nobody, or nobody known, is behind the connection any more
+	IdentityChanged    Reason = "identity_changed"    // somebody else is behind the connection than before
+	SessionExpired     Reason = "session_expired"     // the SASL session or its token ended, and was not renewed (KIP-368)
+	LoginRefused       Reason = "login"               // a SASL login that the policy, or we, refuse
 	OutOfMemory        Reason = "memory"              // the memory budget has no room for the frame
 	BadAnswer          Reason = "bad_answer"          // the broker's answer is none to what was asked
 	AuditFailed        Reason = "audit"               // the audit line could not be written
@@ -32,6 +39,9 @@ var Reasons = map[Reason]string{
 	NoIdentity:         "the process ended or changed while it was identified; a client that retries is identified anew",
 	NoCluster:          "if this is a broker of yours, add it under clusters in klamm.yaml",
 	BrokerUnreachable:  "check the broker and the route to it from this host",
+	UpstreamTLS:        "see upstream.tls of the cluster in klamm.yaml, and the broker's certificate; klamm doctor broker tries it",
+	UpstreamLogin:      "see upstream.login of the cluster in klamm.yaml, and the broker's log; klamm doctor broker tries it",
+	NoSVID:             "give the workload an entry in SPIRE; klamm status says whether the agent is reached",
 	TooManyConnections: "raise limits.connections in klamm.yaml, or find the client that opens them",
 	NotEnrolled:        "nothing to do if it is the only one of its container; else the node's log says why",
 	EnforcerDown:       "see why the node was down; clients retry",
@@ -45,6 +55,10 @@ var Reasons = map[Reason]string{
 	UnsupportedVersion: "the client ignored ApiVersions; upgrade it or the node",
 	Undecodable:        "the client's request is malformed; look for a proxy or a bug on its side",
 	Denied:             "grant it in the policy if it is wanted; klamm policy explain tells which rule is missing",
+	IdentityLost:       "nothing to do if its process ended; else see why its identity sources do not know it any more",
+	IdentityChanged:    "nothing to do if its entry was changed on purpose; the client connects anew, as who it is now",
+	SessionExpired:     "let the client log in again in time (KIP-368), or let its tokens live longer",
+	LoginRefused:       "allow it under connections in the policy if it is wanted; or look at the client's credentials",
 	OutOfMemory:        "raise limits.memory in klamm.yaml, or lower the clients' request and fetch sizes",
 	BadAnswer:          "the broker's answer does not match the request; look at what is between the node and the broker",
 	AuditFailed:        "make room for, or repair, the audit destination; nothing passes without its audit line",

@@ -105,6 +105,14 @@ func (c choice) code() uint64 {
 	return code
 }
 
+// Nobody is the view of a subject whom no rule names any more: it has no right. Sets in observe mode only say so.
+func (p *Policy) Nobody(s Subject) *View {
+	if p == nil {
+		return nil
+	}
+	return compile(nil, p.observes(&s), func(int) string { return "" })
+}
+
 // selects finds the rules that name the subject, and whether conditions had a part in it. Where it cannot be told
 // whether a condition holds, the rule denies and does not allow: both are the safe side.
 func (p *Policy) selects(s *Subject) (selected []choice, conditional bool) {

@@ -1,0 +1,177 @@
+package spiffe
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+)
+
+// maxSilence is how long the agent's bundles are trusted after it was last heard: whom it does not trust any more would
+// stay trusted for as long.
+const maxSilence = time.Hour
+
+// Agent is the node's own standing with the SPIRE agent of its host, over the Workload API: its X509-SVID, and the
+// bundles of the trust domains it trusts, its own and those its entry federates with. Both are what the agent said last.
+// It is an x509svid.Source and an x509bundle.Source. Safe for concurrent use.
+type Agent struct {
+	socket string
+	stop   context.CancelFunc
+	done   chan struct{}
+	heard  func()        // closes asked
+	asked  chan struct{} // closed when the agent has answered, or failed to
+	mute   *time.Timer   // until the agent's first word
+
+	mu      sync.Mutex
+	svid    *x509svid.SVID
+	bundles *x509bundle.Set
+	err     error         // since the last answer
+	silent  time.Time     // since then; zero while the stream is open
+	changed chan struct{} // closed when svid or bundles change
+}
+
+var errStarting = fmt.Errorf("%w yet", errMute)
+
+// OpenAgent watches the Workload API at a unix socket. The agent may come later.
+func OpenAgent(socket string) *Agent {
+	ctx, stop := context.WithCancel(context.Background())
+	a := &Agent{socket: socket, stop: stop, done: make(chan struct{}), err: agentError(workloadAPI, socket, errStarting), silent: time.Now(),
+		changed: make(chan struct{}), asked: make(chan struct{})}
+	a.heard = sync.OnceFunc(func() { close(a.asked) })
+	a.mute = time.AfterFunc(muteTimeout, func() {
+		a.OnX509ContextWatchError(fmt.Errorf("%w within %v", errMute, muteTimeout))
+	})
+	go func() {
+		defer close(a.done)
+		a.run(ctx)
+	}()
+	return a
+}
+
+func (a *Agent) run(ctx context.Context) {
+	retry := new(retries)
+	for ctx.Err() == nil {
+		a.watch(ctx, retry)
+		select {
+		case <-time.After(retry.Next()):
+		case <-ctx.Done():
+		}
+	}
+}
+
+// watch follows one client's stream until it ends for good, which go-spiffe lets it after InvalidArgument.
+func (a *Agent) watch(ctx context.Context, retry *retries) {
+	client, err := workloadapi.New(ctx, workloadapi.WithAddr("unix://"+a.socket),
+		workloadapi.WithBackoffStrategy(pace{retry}), workloadapi.WithDialOptions(dialOptions()...))
+	if err != nil {
+		a.OnX509ContextWatchError(err)
+		return
+	}
+	defer func() { _ = client.Close() }()
+	_ = client.WatchX509Context(ctx, a)
+}
+
+// pace makes go-spiffe keep to our pauses.
+type pace struct{ *retries }
+
+// NewBackoff is called once per watch.
+func (p pace) NewBackoff() workloadapi.Backoff { return p.retries }
+
+// Close ends the watch.
+func (a *Agent) Close() error {
+	a.stop()
+	a.mute.Stop()
+	<-a.done
+	return nil
+}
+
+// OnX509ContextUpdate takes up what the agent says; see workloadapi.X509ContextWatcher.
+func (a *Agent) OnX509ContextUpdate(c *workloadapi.X509Context) {
+	a.mute.Stop()
+	defer a.heard()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.svid, a.bundles, a.err, a.silent = c.DefaultSVID(), c.Bundles, nil, time.Time{}
+	a.tell()
+}
+
+// OnX509ContextWatchError keeps what the agent said last, unless it says that the node has no identity.
+func (a *Agent) OnX509ContextWatchError(err error) {
+	a.mute.Reset(muteTimeout)
+	defer a.heard()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.err = agentError(workloadAPI, a.socket, err)
+	if a.silent.IsZero() {
+		a.silent = time.Now()
+	}
+	if denied(a.err) {
+		a.svid, a.bundles = nil, nil
+		a.tell()
+	}
+}
+
+// tell wakes who waits for a change. a.mu is held.
+func (a *Agent) tell() {
+	close(a.changed)
+	a.changed = make(chan struct{})
+}
+
+// next is closed when the identity or the bundles change next.
+func (a *Agent) next() <-chan struct{} {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.changed
+}
+
+// GetX509SVID is the node's own X509-SVID, which has not expired.
+func (a *Agent) GetX509SVID() (*x509svid.SVID, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.svid == nil {
+		return nil, fmt.Errorf("the node has no X509-SVID: %w", a.why())
+	}
+	if end := a.svid.Certificates[0].NotAfter; !time.Now().Before(end) {
+		return nil, fmt.Errorf("the node's X509-SVID %s expired at %s: %w", a.svid.ID, end.Format(time.RFC3339), a.why())
+	}
+	return a.svid, nil
+}
+
+// GetX509BundleForTrustDomain is the bundle by which SVIDs of a trust domain are verified; none where the node does not
+// trust it, and where the agent has been silent for an hour.
+func (a *Agent) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.bundles == nil || !a.silent.IsZero() && time.Since(a.silent) > maxSilence {
+		return nil, fmt.Errorf("no bundle of %s is known: %w", td.IDString(), a.why())
+	}
+	bundle, ok := a.bundles.Get(td)
+	if !ok {
+		return nil, fmt.Errorf("%s is not trusted: the node's entry in SPIRE does not federate with it", td.IDString())
+	}
+	return bundle, nil
+}
+
+// trustDomain is the node's own, which it keeps for as long as the agent does not say otherwise.
+func (a *Agent) trustDomain() (spiffeid.TrustDomain, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.svid == nil {
+		return spiffeid.TrustDomain{}, fmt.Errorf("the node has no X509-SVID: %w", a.why())
+	}
+	return a.svid.ID.TrustDomain(), nil
+}
+
+// why is the last error. a.mu is held.
+func (a *Agent) why() error {
+	if a.err != nil {
+		return a.err
+	}
+	return agentError(workloadAPI, a.socket, errors.New("the agent gave none"))
+}
