@@ -91,6 +91,14 @@ func (p *Policy) look(s, key Subject) *View {
 	return v
 }
 
+// Nobody is the view of a subject whom no rule names any more: it has no right. Sets in observe mode only say so.
+func (p *Policy) Nobody(s Subject) *View {
+	if p == nil {
+		return nil
+	}
+	return compile(nil, p.observes(&s), func(int) string { return "" })
+}
+
 // choice is a rule that names a subject.
 type choice struct {
 	rule    int  // index
@@ -103,14 +111,6 @@ func (c choice) code() uint64 {
 		code |= 1
 	}
 	return code
-}
-
-// Nobody is the view of a subject whom no rule names any more: it has no right. Sets in observe mode only say so.
-func (p *Policy) Nobody(s Subject) *View {
-	if p == nil {
-		return nil
-	}
-	return compile(nil, p.observes(&s), func(int) string { return "" })
 }
 
 // selects finds the rules that name the subject, and whether conditions had a part in it. Where it cannot be told
