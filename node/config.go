@@ -19,6 +19,7 @@ import (
 
 	"klamm/enforcer"
 	"klamm/enforcer/policy/strict"
+	"klamm/node/upstream"
 	"klamm/spiffe"
 )
 
@@ -130,30 +131,14 @@ type ClusterConfig struct {
 	Bootstrap []string `yaml:"bootstrap" strict:"required"`
 	// Networks in which every intercepted port is a broker's of this cluster, beside the addresses it advertises.
 	CIDRs []netip.Prefix `yaml:"cidrs"`
-	// Of the node's own client. Default: plaintext.
+	// How the node reaches the brokers on behalf of workloads. Default: in plaintext, without a login of its own.
+	Upstream *UpstreamConfig `yaml:"upstream"`
+	// How clients are met that speak TLS.
+	Clients ClientsConfig `yaml:"clients"`
+	// Of the node's own client. Default: as upstream.
 	TLS *TLSConfig `yaml:"tls"`
-	// Of the node's own client. Default: no SASL.
-	Credentials *CredentialsConfig `yaml:"credentials"`
-}
-
-// TLSConfig is how the node's own client verifies brokers, and itself.
-type TLSConfig struct {
-	// PEM file with the brokers' CA. Default: the CAs the host trusts.
-	CA string `yaml:"ca"`
-	// PEM files with the client's certificate and chain, and its key: both or none. Read anew at each handshake.
-	Cert string `yaml:"cert"`
-	Key  string `yaml:"key"`
-	// The name the brokers' certificates have. Default: the host dialled.
-	ServerName string `yaml:"server-name"`
-}
-
-// CredentialsConfig is the SASL login of the node's own client.
-type CredentialsConfig struct {
-	// PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512.
-	Mechanism string `yaml:"mechanism" strict:"required"`
-	Username  string `yaml:"username" strict:"required"`
-	// Holds the password alone; a line end at its end is dropped. Read anew at each login.
-	PasswordFile string `yaml:"password-file" strict:"required"`
+	// Of the node's own client. Default: as upstream.
+	Credentials *LoginConfig `yaml:"credentials"`
 }
 
 // AuditConfig is where audit lines go.
@@ -230,11 +215,20 @@ func (c *Config) paths() []*string {
 		paths = append(paths, &c.Policies[i])
 	}
 	for _, cluster := range c.Clusters {
-		if t := cluster.TLS; t != nil {
-			paths = append(paths, &t.CA, &t.Cert, &t.Key)
+		paths = append(paths, cluster.Clients.paths()...)
+		tls, logins := []*TLSConfig{cluster.TLS}, []*LoginConfig{cluster.Credentials}
+		if u := cluster.Upstream; u != nil {
+			tls, logins = append(tls, u.TLS), append(logins, u.Login)
 		}
-		if s := cluster.Credentials; s != nil {
-			paths = append(paths, &s.PasswordFile)
+		for _, t := range tls {
+			if t != nil {
+				paths = append(paths, t.paths()...)
+			}
+		}
+		for _, l := range logins {
+			if l != nil {
+				paths = append(paths, l.paths()...)
+			}
 		}
 	}
 	return paths
@@ -278,6 +272,7 @@ func (c *Config) UnmarshalYAML(node *yaml.Node) error {
 		clusters := key(node, "clusters")
 		checks := append(slices.Concat(c.sources(node), c.issuers(node)), check{len(c.Clusters) > 0, clusters,
 			"no cluster: give name and bootstrap of at least one"})
+		checks = append(checks, slices.Concat(c.upstreams(clusters), c.clients(clusters))...)
 		for i, b := range c.Clusters {
 			for _, a := range c.Clusters[:i] {
 				at := clusters.Content[i]
@@ -369,6 +364,8 @@ func (c *ClusterConfig) UnmarshalYAML(node *yaml.Node) error {
 		checks := []check{
 			{clusterName.MatchString(c.Name), key(node, "name"), "want letters, digits, dots, dashes and underscores"},
 			{len(c.Bootstrap) > 0, bootstrap, "no broker: give host:port of at least one"},
+			{c.TLS == nil || c.TLS.Certificate != upstream.Workload, key(key(node, "tls"), "certificate"),
+				"the node's own client has no workload: want node"},
 		}
 		for i, b := range c.Bootstrap {
 			_, _, err := splitBroker(b)
@@ -393,27 +390,6 @@ func splitBroker(s string) (host string, port uint16, err error) {
 		return "", 0, fmt.Errorf("%q is not host:port, like broker-1.example:9092 or [2001:db8::1]:9092", s)
 	}
 	return host, uint16(n), nil
-}
-
-// UnmarshalYAML checks that certificate and key come together.
-func (c *TLSConfig) UnmarshalYAML(node *yaml.Node) error {
-	type plain TLSConfig
-	return section(node, (*plain)(c), func() []check {
-		return []check{{(c.Cert == "") == (c.Key == ""), node, "cert and key are given together or not at all"}}
-	})
-}
-
-// UnmarshalYAML checks the mechanism.
-func (c *CredentialsConfig) UnmarshalYAML(node *yaml.Node) error {
-	type plain CredentialsConfig
-	return section(node, (*plain)(c), func() []check {
-		return []check{
-			{slices.Contains(mechanismNames, c.Mechanism), key(node, "mechanism"),
-				strict.Unknown("mechanism", c.Mechanism, mechanismNames)},
-			{c.Username != "", key(node, "username"), "the user name is empty"},
-			{c.PasswordFile != "", key(node, "password-file"), "the path is empty"},
-		}
-	})
 }
 
 // UnmarshalYAML checks ranges.

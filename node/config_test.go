@@ -10,7 +10,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"klamm/enforcer/policy/strict"
+	"klamm/node/upstream"
 	"klamm/spiffe"
 )
 
@@ -26,6 +29,9 @@ func load(t testing.TB, text string) (Config, error) {
 	}
 	return c, err
 }
+
+// upstreamIs is the beginning of a configuration, up to that section.
+const upstreamIs = "clusters: [{name: a, bootstrap: ['b:1'], upstream: "
 
 const smallest = "clusters: [{name: payments, bootstrap: ['broker-1.example:9092']}]\n"
 
@@ -76,17 +82,27 @@ func TestEveryKeyIsReadAndPathsAreRelativeToTheFile(t *testing.T) {
 					netip.MustParsePrefix("10.1.0.0/16"), netip.MustParsePrefix("2001:db8::/64")},
 				TLS: &TLSConfig{CA: "/etc/klamm/ca.pem", Cert: "testdata/tls/cert.pem", Key: "testdata/tls/key.pem",
 					ServerName: "kafka.example"},
-				Credentials: &CredentialsConfig{Mechanism: "SCRAM-SHA-512", Username: "klamm",
+				Credentials: &LoginConfig{Mechanism: "SCRAM-SHA-512", Username: "klamm",
 					PasswordFile: "testdata/secret/password"},
 			},
-			{Name: "logs", Bootstrap: []string{"logs.example:9092"}},
+			{Name: "logs", Bootstrap: []string{"logs.example:9092"},
+				Upstream: &UpstreamConfig{
+					TLS: &TLSConfig{CA: "testdata/ca.pem", Certificate: upstream.Workload,
+						SPIFFEIDs: []spiffeid.ID{spiffeid.RequireFromString("spiffe://example.test/kafka")}},
+					Login: &LoginConfig{Mechanism: "OAUTHBEARER", TokenURL: "https://issuer.example/token", ClientID: "klamm",
+						ClientSecretFile: "testdata/secret", Scopes: []string{"kafka"}, CA: "/etc/klamm/issuer.pem",
+						Extensions: map[string]string{"logicalCluster": "lkc-1"}},
+					From: FromClient},
+				Credentials: &LoginConfig{JWTSVID: &JWTSVIDConfig{Audience: "kafka"}}},
 		},
 		Identities: Identities{
 			{Name: "orders service", SPIFFEID: "spiffe://example.test/ns/shop/sa/orders", UID: &uid,
 				Exe: "/usr/bin/orders", ExeSHA256: strings.Repeat("ab", 32), Cgroup: "/system.slice/*", Unit: "orders.service"},
 			{SPIFFEID: "spiffe://example.test/ns/shop/sa/report", Namespace: "shop", Pod: "report-*", Container: "app"},
 		},
-		Attestation: AttestationConfig{Sources: []string{"static"}, OnLoss: LossDeny, Timeout: 2 * time.Second},
+		Attestation: AttestationConfig{Sources: []string{"static", "spire"}, OnLoss: LossDeny, Timeout: 2 * time.Second},
+		SPIRE: &SPIREConfig{API: spiffe.APIDelegated, Socket: "testdata/admin.sock",
+			WorkloadAPI: "/run/spire/agent.sock"},
 		Policies:    []string{"testdata/policy.yaml", "/etc/klamm/more.yaml"},
 		Audit:       AuditConfig{File: "testdata/audit.jsonl"},
 		Limits: LimitsConfig{MaxFrame: 1 << 20, Memory: 64 << 20, Connections: 100,
@@ -154,14 +170,67 @@ func TestWhatIsWrongIsSaidWithLineAndColumn(t *testing.T) {
 			`1:47: cert and key are given together or not at all`},
 		"an unknown mechanism": {
 			"clusters: [{name: a, bootstrap: ['b:1'], credentials: {mechanism: SCRAM-SHA-521, username: u, password-file: p}}]",
-			`1:67: unknown mechanism "SCRAM-SHA-521", did you mean "SCRAM-SHA-512"? (allowed: PLAIN, SCRAM-SHA-256`},
+			`1:67: unknown mechanism "SCRAM-SHA-521", did you mean "SCRAM-SHA-512"? (allowed: OAUTHBEARER, PLAIN, `},
 		"credentials without a password": {
 			"clusters: [{name: a, bootstrap: ['b:1'], credentials: {mechanism: PLAIN, username: u}}]",
-			`1:55: the key "password-file" is missing`},
+			`1:55: PLAIN needs password-file`},
 		"a password in the file": {
 			"clusters: [{name: a, bootstrap: ['b:1'], " +
 				"credentials: {mechanism: PLAIN, username: u, password-file: f, password: p}}]",
-			`1:105: unknown key "password" (allowed: mechanism, username, password-file)`},
+			`1:105: unknown key "password" (allowed: jwt-svid, mechanism, username, password-file`},
+		"a workload's certificate for the node's own client": {
+			"clusters: [{name: a, bootstrap: ['b:1'], tls: {certificate: workload}}]",
+			`1:61: the node's own client has no workload: want node`},
+		"a certificate of nobody": {
+			upstreamIs + "{tls: {certificate: pod}}}]", `1:72: unknown certificate "pod" (allowed: workload, node)`},
+		"two certificates": {
+			upstreamIs + "{tls: {certificate: node, cert: c, key: k}}}]", `1:72: give it, or cert and key`},
+		"TLS without verification": {
+			upstreamIs + "{tls: {insecure: true}}}]", `1:59: unknown key "insecure"`},
+		"a broker without a SPIFFE ID": {
+			upstreamIs + "{tls: {spiffe-ids: []}}}]", `1:71: no SPIFFE ID: leave the key out`},
+		"a trust domain as SPIFFE ID": {
+			upstreamIs + "{tls: {spiffe-ids: ['spiffe://a']}}}]", `1:72: want the SPIFFE ID of a broker`},
+		"one bundle for two trust domains": {
+			upstreamIs + "{tls: {ca: f, spiffe-ids: ['spiffe://a/k', 'spiffe://b/k']}}}]",
+			`1:95: ca is the bundle of one trust domain`},
+		"a login that all can see": {
+			upstreamIs + "{login: {mechanism: PLAIN, username: u, password-file: p}}}]",
+			`1:60: without tls who sees the network sees the login`},
+		"cleartext of nothing": {
+			upstreamIs + "{tls: {}, cleartext: true}}]", `1:73: there is no login in cleartext`},
+		"an origin that is none": {
+			upstreamIs + "{from: pod}}]", `1:59: unknown origin "pod" (allowed: node, client)`},
+		"the client's network without TLS": {
+			upstreamIs + "{from: client}}]", `1:59: without tls a container's root could read`},
+		"the client's network behind the firewall": {
+			upstreamIs + "{tls: {}, from: client}}]", `1:68: the firewall drops what containers send`},
+		"two logins": {
+			upstreamIs + "{tls: {}, login: {jwt-svid: {audience: a}, mechanism: PLAIN}}}]",
+			`1:69: give either jwt-svid or mechanism`},
+		"no login": {
+			upstreamIs + "{tls: {}, login: {}}}]", `1:69: give either jwt-svid or mechanism`},
+		"a token without an audience": {
+			upstreamIs + "{tls: {}, login: {jwt-svid: {audience: ''}}}}]", `1:91: the audience is empty`},
+		"a password for a token": {
+			upstreamIs + "{tls: {}, login: {jwt-svid: {audience: a}, password-file: p}}}]",
+			`1:110: jwt-svid has no password-file`},
+		"client credentials in cleartext": {
+			upstreamIs + "{tls: {}, login: {mechanism: OAUTHBEARER, token-url: 'http://a/', client-id: c, " +
+				"client-secret-file: s}}}]", `1:105: the client's secret would go in cleartext: want https`},
+		"a token endpoint with a user": {
+			upstreamIs + "{tls: {}, login: {mechanism: OAUTHBEARER, token-url: 'https://u:p@a/', client-id: c, " +
+				"client-secret-file: s}}}]", `1:105: want a URL like https://issuer.example/token`},
+		"client credentials without a client": {
+			upstreamIs + "{tls: {}, login: {mechanism: OAUTHBEARER, token-url: 'https://a/', client-secret-file: s}}}]",
+			`1:69: OAUTHBEARER needs client-id`},
+		"an extension that is the token": {
+			upstreamIs + "{tls: {}, login: {jwt-svid: {audience: a}, extensions: {auth: x}}}}]",
+			`1:114: want letters as name, not auth`},
+		"SVIDs without SPIRE": {
+			upstreamIs + "{tls: {certificate: workload}}}]", `1:52: SVIDs of workloads take a SPIRE agent`},
+		"SVIDs of the node without SPIRE": {
+			upstreamIs + "{tls: {certificate: node}}}]", `1:52: SVIDs of the node take a SPIRE agent`},
 		"port 0": {
 			smallest + "intercept: {ports: [0]}", `2:21: 0 is not a port: want 1 to 65535`},
 		"port 65536": {

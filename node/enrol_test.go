@@ -277,16 +277,16 @@ func TestALoopbackDestinationIsDialledInTheClientsNamespace(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = ns.Close() }()
-	conn, err := e.Dial(t.Context(), recordOf(ns.cookie, to))
+	conn, err := e.Dial(t.Context(), recordOf(ns.cookie, to), false)
 	if err != nil {
 		t.Fatal(err)
 	}
 	_ = conn.Close()
-	if conn, err = e.Dial(t.Context(), recordOf(e.enrolled.host, to)); err == nil {
+	if conn, err = e.Dial(t.Context(), recordOf(e.enrolled.host, to), false); err == nil {
 		_ = conn.Close()
 		t.Error("the host's loopback is the client's")
 	}
-	if _, err = e.Dial(t.Context(), recordOf(4711, to)); err == nil || !strings.Contains(err.Error(), "has ended") {
+	if _, err = e.Dial(t.Context(), recordOf(4711, to), false); err == nil || !strings.Contains(err.Error(), "has ended") {
 		t.Errorf("a namespace that is gone: %v", err)
 	}
 }

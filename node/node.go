@@ -27,6 +27,7 @@ import (
 	"klamm/enforcer"
 	"klamm/enforcer/audit"
 	"klamm/enforcer/policy"
+	"klamm/node/upstream"
 	"klamm/spiffe"
 )
 
@@ -130,7 +131,7 @@ func openNode(c Config, log zerolog.Logger, manager serviceManager, before inher
 	if err := n.openSPIRE(processes); err != nil {
 		return nil, err
 	}
-	if n.attest, err = n.openAttestor(processes); err != nil {
+	if err := n.openAttestor(processes); err != nil {
 		return nil, err
 	}
 	n.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
@@ -200,6 +201,7 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 	}()
 	for _, c := range n.config.Clusters {
 		cluster, err := OpenCluster(c, ClusterOptions{Dial: n.redirect.Dialer().DialContext, Ports: n.config.Intercept.Ports,
+			Agent:   n.agent(),
 			OnPorts: n.interceptAlso, OnNetworks: func(networks []bpf.Network) { n.interceptAt(c.Name, networks) },
 			Log: n.log})
 		if err != nil {
@@ -383,7 +385,7 @@ func (n *Node) serve(ctx context.Context, conn net.Conn, r bpf.Record) {
 	client.Cluster = destination.Config().Name
 	dialled, cancel := context.WithTimeout(ctx, n.config.Limits.DialTimeout)
 	defer cancel()
-	broker, err := n.redirect.Dial(dialled, r)
+	broker, err := n.redirect.Dial(dialled, r, destination.Config().Upstream.fromClient())
 	if err != nil {
 		if ctx.Err() != nil {
 			refuse(audit.BrokerUnreachable, fmt.Errorf("the node ends: %w", err))
@@ -395,10 +397,43 @@ func (n *Node) serve(ctx context.Context, conn net.Conn, r bpf.Record) {
 		refuse(audit.BrokerUnreachable, err)
 		return
 	}
-	err = n.enforcer.Serve(ctx, enforcer.Conn{Client: client, Downstream: conn, Upstream: broker,
-		Workload: workload, Kafka: destination, AutoCreate: destination.AutoCreate()})
+	tcp, _ := conn.(*net.TCPConn) // as is all that is accepted
+	o, err := destination.clients.listen(ctx, tcp)
+	switch {
+	case err != nil:
+		_ = broker.Close()
+		refuse(audit.TLSHandshake, err)
+	case o == nil:
+		n.enforce(ctx, destination, broker, enforcer.Conn{Client: client, Downstream: conn, Workload: workload}, workload)
+	case destination.clients.mode == TLSPassthrough:
+		n.pass(ctx, client, tcp, broker, workload, destination, o)
+	default:
+		n.terminate(ctx, client, tcp, broker, workload, destination, o)
+	}
+}
+
+// enforce opens the way to the broker that was dialled, and enforces policy on c until it ends. It closes all.
+func (n *Node) enforce(ctx context.Context, d Destination, broker net.Conn, c enforcer.Conn, workload *spiffe.Attested) {
+	bounded, cancel := context.WithTimeout(ctx, n.config.Limits.DialTimeout)
+	opened, err := d.Open(bounded, broker, workload)
+	cancel()
 	if err != nil {
-		n.log.Debug().Err(err).Str("conn", client.ID).Msg("connection ended")
+		reset(c.Downstream)
+		n.refuse(c.Client, upstreamReason(err), err)
+		return
+	}
+	c.Upstream, c.Kafka, c.AutoCreate = opened.Conn, d, d.AutoCreate()
+	if opened.Login != nil {
+		c.Login = opened.Login
+	}
+	ctx, stop := whileCurrent(ctx, opened, workload)
+	defer stop()
+	err = n.enforcer.Serve(ctx, c)
+	if cause := context.Cause(ctx); errors.Is(cause, upstream.ErrNoSVID) {
+		n.refuse(c.Client, audit.NoSVID, cause)
+	}
+	if err != nil {
+		n.log.Debug().Err(err).Str("conn", c.ID).Msg("connection ended")
 	}
 }
 
@@ -419,9 +454,14 @@ func (n *Node) identify(ctx context.Context, r bpf.Record) (*spiffe.Attested, er
 		case <-ctx.Done():
 		}
 	}
-	return n.attest.Attest(ctx, spiffe.Peer{TGID: r.TGID, UID: r.UID, GID: r.GID, StartBoottime: r.StartBoottime,
-		ExecID: r.ExecID, PidInode: r.PidInode, ExeInode: r.ExeInode, ExeDev: r.ExeDev, CgroupID: r.CgroupID,
-		Comm: r.Comm.String()})
+	return n.attest.Attest(ctx, peerOf(r))
+}
+
+// peerOf is who made the connect.
+func peerOf(r bpf.Record) spiffe.Peer {
+	return spiffe.Peer{TGID: r.TGID, UID: r.UID, GID: r.GID, StartBoottime: r.StartBoottime, ExecID: r.ExecID,
+		PidInode: r.PidInode, ExeInode: r.ExeInode, ExeDev: r.ExeDev, CgroupID: r.CgroupID, Comm: r.Comm.String(),
+		Socket: r.ClientCookie}
 }
 
 // reset closes with RST: connect(2) has succeeded already, and this is how a refusal after it looks to every client.
@@ -440,8 +480,7 @@ func (t tasks) Task(pid uint32) (spiffe.TaskFacts, error) {
 	if errors.Is(err, bpf.ErrNoTask) {
 		err = unix.ESRCH
 	}
-	return spiffe.TaskFacts{StartBoottime: f.StartBoottime, ExecID: f.ExecID, PidInode: f.PidInode, ExeInode: f.ExeInode,
-		ExeDev: f.ExeDev, UID: f.UID, GID: f.GID, CgroupID: f.CgroupID}, err
+	return facts(f), err
 }
 
 // kernelCounters exports the counters of the eBPF programs.

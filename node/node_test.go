@@ -537,7 +537,7 @@ func TestWhatIsWrongIsSaidAtTheStart(t *testing.T) {
 		{"a metrics address in use", stage.Config{"metrics": "{listen: \"" + taken.Addr().String() + "\"}"},
 			"address already in use: choose another address"},
 		{"credentials that are not there", stage.Config{"clusters": "[{name: main, bootstrap: [\"a:1\"], " +
-			"credentials: {mechanism: PLAIN, username: a, password-file: gone}}]"}, "read credentials.password-file"},
+			"credentials: {mechanism: PLAIN, username: a, password-file: gone}}]"}, "read password-file"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			config := stage.Load(t, t.TempDir(), stage.NewCgroup(t), "127.0.0.1:9092", stage.OrdersOnly, c.config)

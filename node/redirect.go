@@ -187,6 +187,26 @@ func (r *Redirect) events() {
 	}
 }
 
+// Unnoticed says why an execve is not noticed at once; see bpf.Programs.Unnoticed.
+func (r *Redirect) Unnoticed() error { return r.programs.Unnoticed() }
+
+// followExecve tells of the execve of watched processes until the redirect is closed; see bpf.Programs.Watch.
+func (r *Redirect) followExecve(executed func(pid uint32)) {
+	r.running.Go(func() {
+		for {
+			pid, err := r.programs.Executed()
+			switch {
+			case errors.Is(err, os.ErrClosed):
+				return
+			case err != nil:
+				r.enrolled.log.Error().Err(err).Msg("what the kernel tells of execve is not read; it is noticed later")
+				continue
+			}
+			executed(pid)
+		}
+	})
+}
+
 // Accept waits for the next redirected connection. A connection that has no record was not redirected: it is reset and
 // counted, never returned. The error is net.ErrClosed after Close, and none other. While nobody calls Accept there is
 // no heartbeat, and the enforcer counts as down.
@@ -211,15 +231,15 @@ func (r *Redirect) Begin() error { return r.programs.Beat(heartbeatFor) }
 // End makes the enforcer count as down, without waiting for the heartbeat to be over: nobody will accept what waits.
 func (r *Redirect) End() error { return r.programs.Beat(0) }
 
-// Dial connects to a broker itself, over plain TCP: from the network namespace of the calling thread, but for loopback
-// destinations, which mean something only in the client's.
-func (r *Redirect) Dial(ctx context.Context, record bpf.Record) (conn *net.TCPConn, err error) {
+// Dial connects to a broker itself, over plain TCP: from the network namespace of the calling thread, or from the
+// client's, in which alone loopback destinations mean something.
+func (r *Redirect) Dial(ctx context.Context, record bpf.Record, fromClient bool) (conn *net.TCPConn, err error) {
 	to := record.Destination()
 	dial := func() error {
 		conn, err = r.Dialer().DialTCP(ctx, "tcp", netip.AddrPort{}, to)
 		return err
 	}
-	if r.IsHost(record.NetnsCookie) || !to.Addr().IsLoopback() {
+	if r.IsHost(record.NetnsCookie) || !fromClient && !to.Addr().IsLoopback() {
 		return conn, dial()
 	}
 	return conn, r.enrolled.in(record.NetnsCookie, dial)

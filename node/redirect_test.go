@@ -212,7 +212,7 @@ func TestAClientIsAcceptedWithItsDestinationWhichDialReaches(t *testing.T) {
 
 			ctx, cancel := context.WithTimeout(t.Context(), redirectPatience)
 			defer cancel()
-			upstream, err := r.Dial(ctx, a.record)
+			upstream, err := r.Dial(ctx, a.record, false)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -254,7 +254,7 @@ func TestTheNodesOwnSocketsAreNotRedirected(t *testing.T) {
 	r, cgroup := openRedirect(t, broker.Port())
 	enterCgroup(t, cgroup)
 	for _, dial := range []func() (net.Conn, error){
-		func() (net.Conn, error) { return r.Dial(t.Context(), recordOf(r.enrolled.host, broker)) },
+		func() (net.Conn, error) { return r.Dial(t.Context(), recordOf(r.enrolled.host, broker), false) },
 		func() (net.Conn, error) { return r.Dialer().DialContext(t.Context(), "tcp", broker.String()) },
 	} {
 		conn, err := dial()

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"klamm/bpf"
+	"klamm/spiffe"
 )
 
 // Status is what klamm status shows.
@@ -21,8 +22,9 @@ type Status struct {
 	NRI         *NRIStatus        `json:"nri,omitempty"`   // where intercept.nri is given
 	SPIRE       *SPIREStatus      `json:"spire,omitempty"` // where spire is given
 	Issuers     []IssuerStatus    `json:"issuers"`
-	Connections int               `json:"connections"` // open now
-	Counters    map[string]uint64 `json:"counters"`    // see bpf.Programs.Counters
+	Attestation *spiffe.State     `json:"attestation,omitempty"` // of a node that runs
+	Connections int               `json:"connections"`           // open now
+	Counters    map[string]uint64 `json:"counters"`              // see bpf.Programs.Counters
 }
 
 // NamespaceStatus is a network namespace in which the node listens.
@@ -53,6 +55,8 @@ type ClusterStatus struct {
 func (n *Node) Status() (Status, error) {
 	s := Status{Node: n.config.Node.Name, Running: true, Since: n.started, Connections: len(n.slots),
 		Namespaces: n.redirect.enrolled.status()}
+	attestation := n.attest.State()
+	s.Attestation = &attestation
 	var err error
 	if s.Kernel, err = n.redirect.programs.Inspect(); err != nil {
 		return s, err

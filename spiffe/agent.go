@@ -11,7 +11,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
-	"google.golang.org/grpc"
 )
 
 // maxSilence is how long the agent's bundles are trusted after it was last heard: whom it does not trust any more would
@@ -31,6 +30,7 @@ type Agent struct {
 
 	mu      sync.Mutex
 	svid    *x509svid.SVID
+	svids   []*x509svid.SVID // all of the node's, svid among them
 	bundles *x509bundle.Set
 	err     error         // since the last answer
 	silent  time.Time     // since then; zero while the stream is open
@@ -45,8 +45,8 @@ func OpenAgent(socket string) *Agent {
 	a := &Agent{socket: socket, stop: stop, done: make(chan struct{}), err: agentError(workloadAPI, socket, errStarting), silent: time.Now(),
 		changed: make(chan struct{}), asked: make(chan struct{})}
 	a.heard = sync.OnceFunc(func() { close(a.asked) })
-	a.mute = time.AfterFunc(answerTimeout, func() {
-		a.OnX509ContextWatchError(fmt.Errorf("%w within %v", errMute, answerTimeout))
+	a.mute = time.AfterFunc(muteTimeout, func() {
+		a.OnX509ContextWatchError(fmt.Errorf("%w within %v", errMute, muteTimeout))
 	})
 	go func() {
 		defer close(a.done)
@@ -69,8 +69,7 @@ func (a *Agent) run(ctx context.Context) {
 // watch follows one client's stream until it ends for good, which go-spiffe lets it after InvalidArgument.
 func (a *Agent) watch(ctx context.Context, retry *retries) {
 	client, err := workloadapi.New(ctx, workloadapi.WithAddr("unix://"+a.socket),
-		workloadapi.WithBackoffStrategy(pace{retry}),
-		workloadapi.WithDialOptions(grpc.WithNoProxy(), grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer))))
+		workloadapi.WithBackoffStrategy(pace{retry}), workloadapi.WithDialOptions(dialOptions()...))
 	if err != nil {
 		a.OnX509ContextWatchError(err)
 		return
@@ -99,13 +98,13 @@ func (a *Agent) OnX509ContextUpdate(c *workloadapi.X509Context) {
 	defer a.heard()
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.svid, a.bundles, a.err, a.silent = c.DefaultSVID(), c.Bundles, nil, time.Time{}
+	a.svid, a.svids, a.bundles, a.err, a.silent = c.DefaultSVID(), c.SVIDs, c.Bundles, nil, time.Time{}
 	a.tell()
 }
 
 // OnX509ContextWatchError keeps what the agent said last, unless it says that the node has no identity.
 func (a *Agent) OnX509ContextWatchError(err error) {
-	a.mute.Reset(answerTimeout)
+	a.mute.Reset(muteTimeout)
 	defer a.heard()
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -114,7 +113,7 @@ func (a *Agent) OnX509ContextWatchError(err error) {
 		a.silent = time.Now()
 	}
 	if denied(a.err) {
-		a.svid, a.bundles = nil, nil
+		a.svid, a.svids, a.bundles = nil, nil, nil
 		a.tell()
 	}
 }

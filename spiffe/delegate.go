@@ -52,18 +52,26 @@ const (
 const (
 	// maxAnswer bounds one message of the agent, in bytes: an SVID takes some 2 KiB, a bundle some 1 KiB per root.
 	maxAnswer = 4 << 20
-	// answerTimeout is how long the agent may take to say the first word.
-	answerTimeout = 10 * time.Second
-	minRetry      = 100 * time.Millisecond
-	maxRetry      = 5 * time.Second
+	// answerTimeout is how long the agent may take to say the first word about a workload. Its attestor for Kubernetes
+	// waits half a minute for the kubelet to know of a container.
+	answerTimeout = 45 * time.Second
+	// muteTimeout is the same about the node itself, which the agent knows or not.
+	muteTimeout    = 5 * time.Second
+	connectTimeout = 20 * time.Second
+	minRetry       = 100 * time.Millisecond
+	maxRetry       = 5 * time.Second
 )
 
 // dial connects to a unix socket when it is first used, and again when it has to.
 func dial(socket string, transport credentials.TransportCredentials) (*grpc.ClientConn, error) {
+	return grpc.NewClient("unix:"+socket, append(dialOptions(), grpc.WithTransportCredentials(transport))...)
+}
+
+// dialOptions bound answers and the pauses between attempts to connect, which gRPC would let grow to two minutes.
+func dialOptions() []grpc.DialOption {
 	retry := backoff.Config{BaseDelay: minRetry, Multiplier: 2, Jitter: 0.5, MaxDelay: maxRetry}
-	return grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(transport), grpc.WithNoProxy(),
-		grpc.WithConnectParams(grpc.ConnectParams{Backoff: retry, MinConnectTimeout: answerTimeout}),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)))
+	return []grpc.DialOption{grpc.WithNoProxy(), grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: retry, MinConnectTimeout: connectTimeout})}
 }
 
 // retries are the pauses between attempts: they double from minRetry to maxRetry, less up to a half at random, so that
@@ -108,6 +116,9 @@ func reason(err error) string {
 
 var errMute = errors.New("no answer")
 
+// muteTexts are in gRPC's errors when its own time to connect is over: nobody accepts, or nobody speaks.
+var muteTexts = []string{"use of closed network connection", "context deadline exceeded"}
+
 // remedies say what to do about an error, by what it holds. The first that fits wins; an empty field fits all.
 var remedies = []struct {
 	api, text string
@@ -142,6 +153,11 @@ func agentError(api, socket string, err error) error {
 	}
 	if errors.Is(err, io.EOF) {
 		err = errors.New("the agent ended the stream")
+	}
+	for _, text := range muteTexts {
+		if status.Code(err) == codes.Unavailable && strings.Contains(err.Error(), text) {
+			err = fmt.Errorf("%w within %v", errMute, connectTimeout)
+		}
 	}
 	e := &AgentError{API: api, Socket: socket, Err: err}
 	code := status.Code(err)

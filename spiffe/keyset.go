@@ -160,10 +160,16 @@ func (k *KeySet) keys(ctx context.Context, kid string) ([]jose.JSONWebKey, error
 		return nil, &TokenError{CheckKeys, k.missing()}
 	}
 	found := r.find(kid)
-	if len(found) == 0 {
-		return nil, &TokenError{CheckKey, fmt.Errorf("%s has no key %.100q", k.where(), kid)}
+	if len(found) > 0 {
+		return found, nil
 	}
-	return found, nil
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.err != nil {
+		return nil, rejected(CheckKey, "it is signed with the key %.100q, which is not known, and new keys could not be had: %w",
+			kid, k.err)
+	}
+	return nil, rejected(CheckKey, "%s has no key %.100q", k.where(), kid)
 }
 
 // current is nil while there is no set, or only one that is too old.

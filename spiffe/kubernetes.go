@@ -113,7 +113,7 @@ func (k *Kubernetes) bind(e *Evidence, podUID string) error {
 	if audience := audiencesOf(e.Claims); !slices.Equal(audience, []string{k.Audience}) {
 		return rejected(CheckAudience, "it is for %.200q: want %q alone", audience, k.Audience)
 	}
-	if uid := claim(e.Claims, "kubernetes.io", "pod", "uid"); uid != podUID {
+	if uid := claim(e.Claims, "kubernetes.io", "pod", "uid"); uid == "" || uid != podUID {
 		return rejected(CheckPod, "it is of the pod with the uid %.100q", uid)
 	}
 	if node := claim(e.Claims, "kubernetes.io", "node", "name"); k.Node != "" && node != k.Node {

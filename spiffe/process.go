@@ -166,28 +166,41 @@ func (ps *Processes) check(peer Peer) (taskKey, error) {
 	if err != nil {
 		return taskKey{}, peer.lost(err)
 	}
-	if peer.PidInode == 0 || now.PidInode == 0 {
-		peer.PidInode, now.PidInode = 0, 0
+	if now.ExeInode == 0 && peer.ExeInode != 0 { // it has exited, and its parent has not asked yet
+		return taskKey{}, peer.lost(unix.ESRCH)
+	}
+	return taskKey{peer.TGID, now}, peer.compare(now)
+}
+
+// compare is ErrChanged where the process is not what it was.
+func (p Peer) compare(now TaskFacts) error {
+	if p.PidInode == 0 || now.PidInode == 0 {
+		p.PidInode, now.PidInode = 0, 0
 	}
 	for _, f := range []struct {
 		what     string
 		was, now uint64
 	}{
-		{"start time (the pid was reused)", peer.StartBoottime, now.StartBoottime},
-		{"pidfs inode (the pid was reused)", peer.PidInode, now.PidInode},
-		{"exec id (it executed another program)", peer.ExecID, now.ExecID},
-		{"executable's inode", peer.ExeInode, now.ExeInode},
-		{"executable's device", uint64(peer.ExeDev), uint64(now.ExeDev)},
-		{"uid", uint64(peer.UID), uint64(now.UID)},
-		{"gid", uint64(peer.GID), uint64(now.GID)},
-		{"cgroup id", peer.CgroupID, now.CgroupID},
+		{"start time (the pid was reused)", p.StartBoottime, now.StartBoottime},
+		{"pidfs inode (the pid was reused)", p.PidInode, now.PidInode},
+		{"exec id (it executed another program)", p.ExecID, now.ExecID},
+		{"executable's inode", p.ExeInode, now.ExeInode},
+		{"executable's device", uint64(p.ExeDev), uint64(now.ExeDev)},
+		{"uid", uint64(p.UID), uint64(now.UID)},
+		{"gid", uint64(p.GID), uint64(now.GID)},
+		{"cgroup id", p.CgroupID, now.CgroupID},
 	} {
 		if f.was != f.now {
-			return taskKey{}, fmt.Errorf("%w: pid %d (%s): %s was %d, is %d",
-				ErrChanged, peer.TGID, peer.Comm, f.what, f.was, f.now)
+			return fmt.Errorf("%w: pid %d (%s): %s was %d, is %d", ErrChanged, p.TGID, p.Comm, f.what, f.was, f.now)
 		}
 	}
-	return taskKey{peer.TGID, now}, nil
+	return nil
+}
+
+// reused tells whether now is of another process that got the pid.
+func (p Peer) reused(now TaskFacts) bool {
+	return p.StartBoottime != now.StartBoottime ||
+		p.PidInode != now.PidInode && p.PidInode != 0 && now.PidInode != 0
 }
 
 // lost is the error for a process that cannot be found, ErrGone where that is because it exited.

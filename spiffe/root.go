@@ -62,7 +62,7 @@ func (r *fileReaders) leave(owner string) {
 // read it itself. fs.ErrNotExist or fs.ErrPermission where it has no such file.
 func (ps *Processes) readFile(ctx context.Context, p subject, file string) ([]byte, error) {
 	owner := cmp.Or(p.PodUID, fmt.Sprint("uid ", p.UID))
-	return during(ctx, ps, ps.files.slots, p.peer, func() ([]byte, error) {
+	text, err := during(ctx, ps, ps.files.slots, p.peer, func() ([]byte, error) {
 		if !ps.files.enter(owner) {
 			return nil, errBusy
 		}
@@ -73,6 +73,10 @@ func (ps *Processes) readFile(ctx context.Context, p subject, file string) ([]by
 		}
 		return text, nil
 	})
+	if err != nil { // it may have been read of another process
+		return nil, err
+	}
+	return text, nil
 }
 
 // readBelowRoot reads by the rules of openat2(2): symbolic links, absolute ones too, lead to what is below the process'

@@ -107,7 +107,7 @@ func (s *SPIRE) probe(ctx context.Context) {
 	}
 	retry := new(retries)
 	for {
-		err := s.subscribe(ctx, int32(os.Getpid()), func([]rawSVID) error {
+		err := s.subscribe(ctx, int32(os.Getpid()), muteTimeout, func([]rawSVID) error {
 			retry.Reset()
 			s.is(nil)
 			return nil
@@ -154,11 +154,11 @@ func (s *SPIRE) down() bool {
 
 // subscribe is the delegate's x509, which ends as well when the agent does not say a first word in time, or when heard
 // returns an error.
-func (s *SPIRE) subscribe(ctx context.Context, pid int32, heard func([]rawSVID) error) error {
+func (s *SPIRE) subscribe(ctx context.Context, pid int32, timeout time.Duration, heard func([]rawSVID) error) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	mute := time.AfterFunc(answerTimeout, func() {
-		cancel(s.error(fmt.Errorf("%w within %v", errMute, answerTimeout)))
+	mute := time.AfterFunc(timeout, func() {
+		cancel(s.error(fmt.Errorf("%w within %v", errMute, timeout)))
 	})
 	defer mute.Stop()
 	err := s.delegate.x509(ctx, pid, func(svids []rawSVID) {
@@ -218,7 +218,7 @@ func (s *SPIRE) watch(ctx context.Context, p subject, tell func(*Evidence, error
 		if _, err := s.processes.check(p.peer); err != nil {
 			return f.gone(err)
 		}
-		err := s.subscribe(ctx, int32(p.peer.TGID), func(svids []rawSVID) error {
+		err := s.subscribe(ctx, int32(p.peer.TGID), answerTimeout, func(svids []rawSVID) error {
 			if _, err := s.processes.check(p.peer); err != nil {
 				return err
 			}
@@ -229,7 +229,7 @@ func (s *SPIRE) watch(ctx context.Context, p subject, tell func(*Evidence, error
 		if ctx.Err() != nil {
 			return nil
 		}
-		if errors.Is(err, ErrGone) || errors.Is(err, ErrChanged) {
+		if _, err := s.processes.check(p.peer); err != nil { // which may be all that the agent says
 			return f.gone(err)
 		}
 		s.count(err)

@@ -338,6 +338,9 @@ func (i *issuer) checkSVID(v *verified, token string, now time.Time) error {
 	if err != nil {
 		return &TokenError{CheckFormat, err}
 	}
+	if svid.ID.Path() == "" {
+		return rejected(CheckClaim, "its sub %s is a trust domain, not a workload", svid.ID)
+	}
 	v.id = svid.ID
 	return nil
 }

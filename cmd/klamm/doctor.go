@@ -189,7 +189,11 @@ func checkPrograms() (_ string, err error) {
 	if err != nil {
 		return "", err
 	}
-	return "they load and attach (tried at " + filepath.Base(dir) + ")", r.Close()
+	detail := "they load and attach (tried at " + filepath.Base(dir) + ")"
+	if err := r.Unnoticed(); err != nil {
+		detail += "; a process that executes another program is noticed up to a second late: " + err.Error()
+	}
+	return detail, r.Close()
 }
 
 // checkConfig reads the configuration and its policies, and asks every cluster with the node's own client.

@@ -32,9 +32,11 @@ const (
 // Ports of every broker, each on an address of the broker's own.
 const (
 	PlaintextPort  = 9092 // PLAINTEXT; the principal is User:ANONYMOUS
-	SASLPort       = 9093 // SASL_PLAINTEXT with PLAIN, SCRAM-SHA-256 and SCRAM-SHA-512
+	SASLPort       = 9093 // SASL_PLAINTEXT with PLAIN, SCRAM-SHA-256, SCRAM-SHA-512, and OAUTHBEARER by Options.OAuth
 	interPort      = 9094
 	controllerPort = 9095
+	TLSPort        = 9096 // SSL, by Options.TLS
+	SASLTLSPort    = 9097 // SASL_SSL with the mechanisms of SASLPort, by Options.TLS
 )
 
 // Admin is the user that exists on every cluster and is a super user of its authorizer.
@@ -57,6 +59,10 @@ type Options struct {
 	Authorizer bool              // StandardAuthorizer: nothing is allowed without an ACL, but to Admin and SuperUsers
 	SuperUsers []string          // principals such as User:ANONYMOUS
 	Config     map[string]string // more broker properties; they win over the harness' own
+	TLS        *TLS              // nil: no listener with TLS
+	OAuth      *OAuth            // nil: no OAUTHBEARER
+	MaxReauth  time.Duration     // connections.max.reauth.ms of the SASL listeners (KIP-368); 0: sessions do not end
+	Decisions  bool              // the authorizer logs each decision, for Cluster.Decisions
 	Cgroup     string            // cgroup2 directory the brokers run in; empty: the caller's
 	Dir        string            // where data and logs go; empty: a temporary directory that Stop removes
 }
@@ -75,6 +81,7 @@ type Cluster struct {
 type broker struct {
 	id   int
 	host string
+	name string // advertised on the listeners with TLS
 	dir  string
 	cmd  *exec.Cmd     // nil while stopped
 	done chan struct{} // closed when cmd has ended
@@ -133,7 +140,11 @@ func (c *Cluster) start(ctx context.Context) error {
 	}
 	for i, host := range hosts {
 		dir := filepath.Join(c.dir, fmt.Sprintf("broker-%d", i+1))
-		c.brokers = append(c.brokers, &broker{id: i + 1, host: host, dir: dir})
+		b := &broker{id: i + 1, host: host, name: host, dir: dir}
+		if c.opts.TLS != nil && c.opts.TLS.Names != nil {
+			b.name = c.opts.TLS.Names[i]
+		}
+		c.brokers = append(c.brokers, b)
 	}
 	failures := make([]error, len(c.brokers))
 	var all sync.WaitGroup
@@ -176,8 +187,12 @@ func (c *Cluster) format(ctx context.Context, b *broker) error {
 	if err := os.MkdirAll(b.dir, 0o755); err != nil {
 		return fmt.Errorf("make the directory of broker %d: %w", b.id, err)
 	}
-	var text strings.Builder
 	properties := c.properties(b)
+	if err := c.addTLS(b, properties); err != nil {
+		return fmt.Errorf("set up TLS of broker %d: %w", b.id, err)
+	}
+	maps.Copy(properties, c.opts.Config)
+	var text strings.Builder
 	for _, key := range slices.Sorted(maps.Keys(properties)) {
 		fmt.Fprintf(&text, "%s=%s\n", key, properties[key])
 	}
@@ -215,6 +230,12 @@ func (c *Cluster) run(b *broker) error {
 	}
 	defer func() { _ = log.Close() }()
 	options := append(c.archive(b), "-Dorg.slf4j.simpleLogger.showDateTime=true")
+	if c.opts.Decisions {
+		options = append(options, "-Dorg.slf4j.simpleLogger.log.kafka.authorizer.logger=debug")
+	}
+	if c.opts.OAuth != nil {
+		options = append(options, "-Dorg.apache.kafka.sasl.oauthbearer.allowed.urls="+c.opts.OAuth.KeySet)
+	}
 	// The broker outlives the context of the call that started it.
 	cmd := java(context.Background(), c.classes, brokerHeap, options, []string{"kafka.Kafka", b.config()})
 	cmd.Stdout, cmd.Stderr = log, log
@@ -360,6 +381,12 @@ func (c *Cluster) Addrs() []string { return c.addrs(PlaintextPort) }
 
 // SASLAddrs returns the SASL_PLAINTEXT addresses of all brokers, also of stopped ones.
 func (c *Cluster) SASLAddrs() []string { return c.addrs(SASLPort) }
+
+// TLSAddrs returns the SSL addresses of all brokers, also of stopped ones.
+func (c *Cluster) TLSAddrs() []string { return c.addrs(TLSPort) }
+
+// SASLTLSAddrs returns the SASL_SSL addresses of all brokers, also of stopped ones.
+func (c *Cluster) SASLTLSAddrs() []string { return c.addrs(SASLTLSPort) }
 
 func (c *Cluster) addrs(port int) []string {
 	var all []string

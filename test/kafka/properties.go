@@ -2,7 +2,6 @@ package kafka
 
 import (
 	"fmt"
-	"maps"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -71,7 +70,9 @@ func (c *Cluster) properties(b *broker) map[string]string {
 		p["authorizer.class.name"] = "org.apache.kafka.metadata.authorizer.StandardAuthorizer"
 		p["super.users"] = strings.Join(append([]string{"User:" + Admin}, c.opts.SuperUsers...), ";")
 	}
-	maps.Copy(p, c.opts.Config)
+	if c.opts.MaxReauth > 0 {
+		p["listener.name.sasl.connections.max.reauth.ms"] = milliseconds(c.opts.MaxReauth)
+	}
 	return p
 }
 

@@ -1,4 +1,4 @@
-package main
+package kubernetes
 
 import (
 	"crypto/ecdsa"
@@ -15,8 +15,8 @@ import (
 	"time"
 )
 
-// authority is the cluster's certificate authority. All it issues is written to dir as NAME.crt and NAME.key.
-type authority struct {
+// Authority is the cluster's certificate authority. All it issues is written to dir as NAME.crt and NAME.key.
+type Authority struct {
 	dir  string
 	cert *x509.Certificate
 	key  *ecdsa.PrivateKey
@@ -24,8 +24,8 @@ type authority struct {
 
 const lifetime = 24 * time.Hour
 
-func newAuthority(dir string) (*authority, error) {
-	a := &authority{dir: dir, cert: &x509.Certificate{
+func newAuthority(dir string) (*Authority, error) {
+	a := &Authority{dir: dir, cert: &x509.Certificate{
 		Subject: pkix.Name{CommonName: "klamm test"}, SerialNumber: big.NewInt(1),
 		NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(lifetime),
 		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
@@ -37,8 +37,8 @@ func newAuthority(dir string) (*authority, error) {
 	return a, a.sign("ca", a.cert, a.key)
 }
 
-// server issues a certificate for addresses.
-func (a *authority) server(name string, addresses ...string) error {
+// Server issues a certificate for addresses.
+func (a *Authority) Server(name string, addresses ...string) error {
 	t := &x509.Certificate{
 		Subject:     pkix.Name{CommonName: name},
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
@@ -49,15 +49,15 @@ func (a *authority) server(name string, addresses ...string) error {
 	return a.issue(name, t)
 }
 
-// client issues a certificate that the API server takes for this user of this group (its x509 authentication).
-func (a *authority) client(name, user, group string) error {
+// Client issues a certificate that the API server takes for this user of this group (its x509 authentication).
+func (a *Authority) Client(name, user, group string) error {
 	return a.issue(name, &x509.Certificate{
 		Subject:     pkix.Name{CommonName: user, Organization: []string{group}},
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	})
 }
 
-func (a *authority) issue(name string, t *x509.Certificate) error {
+func (a *Authority) issue(name string, t *x509.Certificate) error {
 	t.SerialNumber, t.KeyUsage = big.NewInt(time.Now().UnixNano()), x509.KeyUsageDigitalSignature
 	t.NotBefore, t.NotAfter = a.cert.NotBefore, a.cert.NotAfter
 	key, err := newKey(a.dir, name)
@@ -67,7 +67,7 @@ func (a *authority) issue(name string, t *x509.Certificate) error {
 	return a.sign(name, t, key)
 }
 
-func (a *authority) sign(name string, t *x509.Certificate, key *ecdsa.PrivateKey) error {
+func (a *Authority) sign(name string, t *x509.Certificate, key *ecdsa.PrivateKey) error {
 	der, err := x509.CreateCertificate(rand.Reader, t, a.cert, key.Public(), a.key)
 	if err != nil {
 		return err

@@ -1,4 +1,4 @@
-package main
+package kubernetes
 
 import (
 	"errors"
@@ -19,7 +19,7 @@ type cgroup struct {
 }
 
 // rigs is what the names of all rigs' directories begin with. The process id of the program outside follows.
-const rigs = "klamm-k8s-"
+const rigs = "klamm-kubernetes-"
 
 // sweep removes the nodes of rigs whose program outside was killed.
 func sweep() error {

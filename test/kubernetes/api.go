@@ -1,4 +1,4 @@
-package main
+package kubernetes
 
 import (
 	"bytes"
@@ -15,13 +15,13 @@ import (
 	"time"
 )
 
-// api is the API server, asked as its administrator.
-type api struct {
+// API is the API server, asked as its administrator.
+type API struct {
 	client *http.Client
 	url    string
 }
 
-func newAPI(dir, url string) (*api, error) {
+func newAPI(dir, url string) (*API, error) {
 	own, err := tls.LoadX509KeyPair(filepath.Join(dir, "admin.crt"), filepath.Join(dir, "admin.key"))
 	if err != nil {
 		return nil, err
@@ -33,7 +33,7 @@ func newAPI(dir, url string) (*api, error) {
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(ca)
 	trust := &tls.Config{Certificates: []tls.Certificate{own}, RootCAs: roots}
-	return &api{client: &http.Client{Transport: &http.Transport{TLSClientConfig: trust}}, url: url}, nil
+	return &API{client: &http.Client{Transport: &http.Transport{TLSClientConfig: trust}}, url: url}, nil
 }
 
 // statusError is an answer of the API server other than success.
@@ -44,13 +44,14 @@ type statusError struct {
 
 func (e statusError) Error() string { return fmt.Sprintf("the API server says %d: %s", e.code, e.body) }
 
-func is(err error, code int) bool {
+// Is tells whether the API server answered with an HTTP status.
+func Is(err error, code int) bool {
 	var status statusError
 	return errors.As(err, &status) && status.code == code
 }
 
-// call sends YAML, or nothing, and returns the answer.
-func (a *api) call(ctx context.Context, method, path, yaml string) ([]byte, error) {
+// Call sends YAML, or nothing, and returns the answer.
+func (a *API) Call(ctx context.Context, method, path, yaml string) ([]byte, error) {
 	request, err := http.NewRequestWithContext(ctx, method, a.url+path, bytes.NewBufferString(yaml))
 	if err != nil {
 		return nil, err
@@ -71,8 +72,9 @@ func (a *api) call(ctx context.Context, method, path, yaml string) ([]byte, erro
 	return body, nil
 }
 
-func (a *api) get(ctx context.Context, path string, out any) error {
-	body, err := a.call(ctx, http.MethodGet, path, "")
+// Get reads what is at a path.
+func (a *API) Get(ctx context.Context, path string, out any) error {
+	body, err := a.Call(ctx, http.MethodGet, path, "")
 	if err != nil {
 		return err
 	}
@@ -82,12 +84,12 @@ func (a *api) get(ctx context.Context, path string, out any) error {
 // poll is how often the state of something is asked for.
 const poll = 50 * time.Millisecond
 
-// limit is how long any one thing may take: ten pods at a time, on two cores.
-const limit = 60 * time.Second
+// Limit is how long any one thing may take: ten pods at a time, on two cores.
+const Limit = 60 * time.Second
 
-// await calls done until it says so or fails, for at most limit.
-func await(ctx context.Context, what string, done func() (bool, error)) error {
-	ctx, cancel := context.WithTimeout(ctx, limit)
+// Await calls done until it says so or fails, for at most Limit.
+func Await(ctx context.Context, what string, done func() (bool, error)) error {
+	ctx, cancel := context.WithTimeout(ctx, Limit)
 	defer cancel()
 	tick := time.NewTicker(poll)
 	defer tick.Stop()

@@ -1,4 +1,4 @@
-package main
+package kubernetes
 
 import (
 	"archive/tar"
@@ -15,21 +15,21 @@ import (
 	"strings"
 )
 
-// image is a container image of one layer, made of files of this host.
-type image struct {
-	name    string
-	command []string
-	files   map[string]string // path in the image -> file on the host
-	links   map[string]string // path in the image -> target of the symbolic link
+// Image is a container image of one layer, made of files of this host.
+type Image struct {
+	Name    string
+	Command []string
+	Files   map[string]string // path in the image -> file on the host
+	Links   map[string]string // path in the image -> target of the symbolic link
 }
 
-// addProgram adds an installed program with the shared libraries it is linked to, which ldd(1) tells.
-func (i *image) addProgram(name string) error {
+// AddProgram adds an installed program with the shared libraries it is linked to, which ldd(1) tells.
+func (i *Image) AddProgram(name string) error {
 	path, err := exec.LookPath(name)
 	if err != nil {
 		return err
 	}
-	i.files[filepath.Join("bin", name)] = path
+	i.Files[filepath.Join("bin", name)] = path
 	out, err := exec.Command("ldd", path).CombinedOutput()
 	if bytes.Contains(out, []byte("not a dynamic executable")) {
 		return nil
@@ -41,7 +41,7 @@ func (i *image) addProgram(name string) error {
 		// "libz.so.1 => /lib/x86_64-linux-gnu/libz.so.1 (0x…)" or "/lib64/ld-linux-x86-64.so.2 (0x…)"
 		for _, word := range strings.Fields(line) {
 			if filepath.IsAbs(word) {
-				i.files[word[1:]] = word
+				i.Files[word[1:]] = word
 			}
 		}
 	}
@@ -49,17 +49,17 @@ func (i *image) addProgram(name string) error {
 }
 
 // archive writes what docker save would: https://github.com/moby/docker-image-spec, v1.2.
-func (i *image) archive(file string) error {
+func (i *Image) archive(file string) error {
 	layer, err := i.layer()
 	if err != nil {
-		return fmt.Errorf("make the image %s: %w", i.name, err)
+		return fmt.Errorf("make the image %s: %w", i.Name, err)
 	}
 	config := map[string]any{
 		"architecture": "amd64", "os": "linux",
-		"config": map[string]any{"Env": []string{"PATH=/bin"}, "Cmd": i.command},
+		"config": map[string]any{"Env": []string{"PATH=/bin"}, "Cmd": i.Command},
 		"rootfs": map[string]any{"type": "layers", "diff_ids": []string{fmt.Sprintf("sha256:%x", sha256.Sum256(layer))}},
 	}
-	manifest := []map[string]any{{"Config": "config.json", "RepoTags": []string{i.name}, "Layers": []string{"layer.tar"}}}
+	manifest := []map[string]any{{"Config": "config.json", "RepoTags": []string{i.Name}, "Layers": []string{"layer.tar"}}}
 	var out bytes.Buffer
 	w := tar.NewWriter(&out)
 	for name, content := range map[string]any{"manifest.json": manifest, "config.json": config} {
@@ -77,10 +77,10 @@ func (i *image) archive(file string) error {
 	return os.WriteFile(file, out.Bytes(), 0o644)
 }
 
-func (i *image) layer() ([]byte, error) {
+func (i *Image) layer() ([]byte, error) {
 	var out bytes.Buffer
 	w := tar.NewWriter(&out)
-	for name, from := range i.files {
+	for name, from := range i.Files {
 		content, err := os.ReadFile(from)
 		if err != nil {
 			return nil, err
@@ -89,7 +89,7 @@ func (i *image) layer() ([]byte, error) {
 			return nil, err
 		}
 	}
-	for name, to := range i.links {
+	for name, to := range i.Links {
 		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeSymlink, Name: name, Linkname: to, Mode: 0o777}); err != nil {
 			return nil, err
 		}
@@ -106,37 +106,28 @@ func writeFile(w *tar.Writer, name string, content []byte) error {
 	return err
 }
 
-// Images, as pods name them.
+// Images that every node has, as pods name them.
 const (
 	pauseImage  = "klamm.test/pause:1"
-	clientImage = "klamm.test/client:1" // busybox, kcat and a franz-go client, as anyone would build it
-	attackImage = "klamm.test/attack:1" // busybox, nft and a program that makes packets of its own
+	ClientImage = "klamm.test/client:1" // busybox, kcat and a franz-go client, as anyone would build it
 )
 
-// makeImages writes the archives of all images below dir.
-func makeImages(ctx context.Context, dir string) error {
-	for _, name := range []string{"pause", "attack"} {
-		if err := build(ctx, filepath.Join(sources, name), filepath.Join(dir, name)); err != nil {
+// makeImages writes the archives of the images below dir.
+func makeImages(ctx context.Context, dir string, more []*Image) error {
+	for _, source := range []string{"test/kubernetes/pause", "test/clients/franz-go"} {
+		if err := Build(ctx, source, filepath.Join(dir, filepath.Base(source))); err != nil {
 			return err
 		}
 	}
-	if err := build(ctx, "test/clients/franz-go", filepath.Join(dir, "franz-go")); err != nil {
-		return err
+	pause := &Image{
+		Name: pauseImage, Command: []string{"/pause"}, Files: map[string]string{"pause": filepath.Join(dir, "pause")},
 	}
-	pause := &image{
-		name: pauseImage, command: []string{"/pause"}, files: map[string]string{"pause": filepath.Join(dir, "pause")},
-	}
-	client, err := shellImage(clientImage, "kcat")
+	client, err := ShellImage(ClientImage, "kcat")
 	if err != nil {
 		return err
 	}
-	client.files["bin/franz-go"] = filepath.Join(dir, "franz-go")
-	attack, err := shellImage(attackImage, "nft")
-	if err != nil {
-		return err
-	}
-	attack.files["bin/attack"] = filepath.Join(dir, "attack")
-	for i, image := range []*image{pause, client, attack} {
+	client.Files["bin/franz-go"] = filepath.Join(dir, "franz-go")
+	for i, image := range append([]*Image{pause, client}, more...) {
 		if err := image.archive(filepath.Join(dir, fmt.Sprintf("image-%d.tar", i))); err != nil {
 			return err
 		}
@@ -144,11 +135,11 @@ func makeImages(ctx context.Context, dir string) error {
 	return nil
 }
 
-// shellImage has busybox, and a program of this host.
-func shellImage(name, program string) (*image, error) {
-	i := &image{name: name, command: []string{"/bin/sh"}, files: map[string]string{}, links: map[string]string{}}
+// ShellImage has busybox, and a program of this host.
+func ShellImage(name, program string) (*Image, error) {
+	i := &Image{Name: name, Command: []string{"/bin/sh"}, Files: map[string]string{}, Links: map[string]string{}}
 	for _, name := range []string{"busybox", program} {
-		if err := i.addProgram(name); err != nil {
+		if err := i.AddProgram(name); err != nil {
 			return nil, err
 		}
 	}
@@ -158,14 +149,14 @@ func shellImage(name, program string) (*image, error) {
 	}
 	for applet := range strings.FieldsSeq(string(applets)) {
 		if applet != "busybox" {
-			i.links["bin/"+applet] = "busybox"
+			i.Links["bin/"+applet] = "busybox"
 		}
 	}
 	return i, nil
 }
 
-// build builds a static binary.
-func build(ctx context.Context, dir, to string) error {
+// Build builds a static binary.
+func Build(ctx context.Context, dir, to string) error {
 	cmd := exec.CommandContext(ctx, "go", "build", "-C", dir, "-o", to, ".")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
