@@ -9,6 +9,8 @@ import (
 	"testing"
 )
 
+const iam = `{"x-amz-credential":"A/d/r/kafka-cluster/aws4_request"}`
+
 func TestAMessageIsReadAsKafkaReadsIt(t *testing.T) {
 	bearerOf := func(text string) Claim { return Claim{Token: []byte(text)} }
 	for name, c := range map[string]struct {
@@ -63,12 +65,12 @@ func TestAMessageIsReadAsKafkaReadsIt(t *testing.T) {
 		"OAUTHBEARER with channel binding":      {"OAUTHBEARER", "y,,\x01auth=Bearer t\x01\x01", Claim{}},
 		"OAUTHBEARER as RFC 6750 has it":        {"OAUTHBEARER", "n,auth=Bearer t", Claim{}},
 		"OAUTHBEARER, only the end of it":       {"OAUTHBEARER", "\x01", Claim{}},
-		"AWS_MSK_IAM": {"AWS_MSK_IAM", `{"version":"2020_10_22","x-amz-credential":"AKIA1/20261125/eu-west-1/kafka-cluster/aws4_request"}`,
-			Claim{AccessKeyID: "AKIA1", Region: "eu-west-1"}},
-		"AWS_MSK_IAM for another service":  {"AWS_MSK_IAM", `{"x-amz-credential":"AKIA1/20261125/eu-west-1/s3/aws4_request"}`, Claim{}},
+		"AWS_MSK_IAM": {"AWS_MSK_IAM", `{"version":"2020_10_22","x-amz-credential":` +
+			`"AKIA1/20261125/eu-west-1/kafka-cluster/aws4_request"}`, Claim{AccessKeyID: "AKIA1", Region: "eu-west-1"}},
+		"AWS_MSK_IAM for another service":  {"AWS_MSK_IAM", `{"x-amz-credential":"A/d/r/s3/aws4_request"}`, Claim{}},
 		"AWS_MSK_IAM without a credential": {"AWS_MSK_IAM", `{"version":"2020_10_22"}`, Claim{}},
 		"AWS_MSK_IAM that is no object":    {"AWS_MSK_IAM", `[]`, Claim{}},
-		"AWS_MSK_IAM with more behind it":  {"AWS_MSK_IAM", `{"x-amz-credential":"A/d/r/kafka-cluster/aws4_request"}{}`, Claim{}},
+		"AWS_MSK_IAM with more behind it":  {"AWS_MSK_IAM", iam + "{}", Claim{}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			x := Exchange{Mechanism: c.mechanism}
@@ -91,7 +93,10 @@ type turn struct {
 }
 
 func TestAnExchangeEndsWithTheSuccessOfItsMechanism(t *testing.T) {
-	const first, final, token, challenge = "n,,n=alice,r=c", "c=biws,r=cs,p=cA==", "n,,\x01auth=Bearer t\x01\x01", `{"status":"x"}`
+	const (
+		first, final     = "n,,n=alice,r=c", "c=biws,r=cs,p=cA=="
+		token, challenge = "n,,\x01auth=Bearer t\x01\x01", `{"status":"invalid_token"}`
+	)
 	for name, c := range map[string]struct {
 		mechanism string
 		turns     []turn
@@ -102,8 +107,9 @@ func TestAnExchangeEndsWithTheSuccessOfItsMechanism(t *testing.T) {
 		"a token that is refused": {"OAUTHBEARER", []turn{{token, challenge, true, false}, {"\x01", "", false, false},
 			{"\x01", "", false, false}}},
 		"a second token": {"OAUTHBEARER", []turn{{token, challenge, true, false}, {token, "", true, true}}},
-		"AWS_MSK_IAM":    {"AWS_MSK_IAM", []turn{{`{"x-amz-credential":"A/d/r/kafka-cluster/aws4_request"}`, "{}", true, true}}},
-		"GSSAPI":         {"GSSAPI", []turn{{"ticket", "reply", true, false}, {"", "offer", false, false}, {"choice", "", false, false}}},
+		"AWS_MSK_IAM":    {"AWS_MSK_IAM", []turn{{iam, "{}", true, true}}},
+		"GSSAPI": {"GSSAPI", []turn{{"ticket", "reply", true, false}, {"", "offer", false, false},
+			{"choice", "", false, false}}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			x := Exchange{Mechanism: c.mechanism}
