@@ -81,8 +81,8 @@ func (s *session) bind(now time.Time) *binding {
 	return b
 }
 
-// lose ends the connection of a client that has no right any more, where it must not go on without. An expired login that
-// is just being renewed does not end it.
+// lose ends the connection of a client that has no right any more, where it must not go on without. An expired login
+// that is just being renewed does not end it.
 func (s *session) lose(b *binding) {
 	expired := b.lost.Reason == audit.SessionExpired
 	switch {
@@ -114,8 +114,8 @@ func (s *session) tell(was, b *binding) {
 		s.changes.Line("identity", verdict).Str("change", "identity").Str("from", named(was.identity)).
 			Str("to", named(b.identity)).Str("source", b.identity.Source).Send()
 	case b.login != nil && (was.login == nil || was.login.Principal != b.login.Principal):
-		s.changes.Line("identity", verdictOf(b.login.decision)).Str("change", "login").Str("from", was.subject.Principal).
-			Str("to", b.subject.Principal).Str("source", spiffe.SourceSASL).Str("rule", b.login.decision.Rule).Send()
+		s.changes.Line("identity", verdictOf(b.login.decision)).Str("change", "login").
+			Str("from", was.subject.Principal).Str("to", b.subject.Principal).Str("source", spiffe.SourceSASL).Str("rule", b.login.decision.Rule).Send()
 	default:
 		return
 	}
