@@ -68,8 +68,8 @@ rules:
   - {name: orders, principals: ["` + stage.Orders + `"], allow: [{topic: orders, operations: [Write]}]}
 `
 	addr := r.broker.SASLAddrs()[0]
-	cluster := fmt.Sprintf("{name: main, bootstrap: [%q], credentials: {mechanism: PLAIN, username: %s, password-file: %q}%s}",
-		addr, kafka.Admin, password, strings.ReplaceAll(upstream, "{wonder}", wonder))
+	cluster := fmt.Sprintf("{name: main, bootstrap: [%q], "+
+		"credentials: {mechanism: PLAIN, username: %s, password-file: %q}%s}", addr, kafka.Admin, password, strings.ReplaceAll(upstream, "{wonder}", wonder))
 	r.Node = stage.Start(t, addr, rules, stage.Config{"clusters": "[" + cluster + "]",
 		"oidc": fmt.Sprintf("[{issuer: %q, audiences: [kafka], jwks: {file: %q}}]", "https://issuer.example.test", keySet)})
 	r.AwaitReady()
@@ -179,12 +179,12 @@ func TestLoginsAreRenewedInTheConnectionWithARealKafka(t *testing.T) {
 
 // The node's own login is renewed before the next request, also when the session has ended meanwhile.
 func TestTheNodesLoginIsRenewedWithARealKafka(t *testing.T) {
-	for name, upstream := range map[string]string{
-		"PLAIN":         ", upstream: {login: {mechanism: PLAIN, username: alice, password-file: {wonder}}, cleartext: true}",
-		"SCRAM-SHA-256": ", upstream: {login: {mechanism: SCRAM-SHA-256, username: alice, password-file: {wonder}}, cleartext: true}",
+	for name, login := range map[string]string{
+		"PLAIN":         "PLAIN, username: alice, password-file: {wonder}",
+		"SCRAM-SHA-256": "SCRAM-SHA-256, username: alice, password-file: {wonder}",
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := startRenewals(t, upstream)
+			r := startRenewals(t, ", upstream: {login: {mechanism: "+login+"}, cleartext: true}")
 			client := r.Workload(stage.OrdersUID).Client(t, r.broker.SASLAddrs()[0], kgo.ClientID("unaware"))
 			write := func() {
 				t.Helper()
