@@ -69,7 +69,8 @@ rules:
 `
 	addr := r.broker.SASLAddrs()[0]
 	cluster := fmt.Sprintf("{name: main, bootstrap: [%q], "+
-		"credentials: {mechanism: PLAIN, username: %s, password-file: %q}%s}", addr, kafka.Admin, password, strings.ReplaceAll(upstream, "{wonder}", wonder))
+		"credentials: {mechanism: PLAIN, username: %s, password-file: %q}%s}", addr, kafka.Admin, password,
+		strings.ReplaceAll(upstream, "{wonder}", wonder))
 	r.Node = stage.Start(t, addr, rules, stage.Config{"clusters": "[" + cluster + "]",
 		"oidc": fmt.Sprintf("[{issuer: %q, audiences: [kafka], jwks: {file: %q}}]", "https://issuer.example.test", keySet)})
 	r.AwaitReady()
