@@ -25,7 +25,7 @@ generate: ## the eBPF objects from their C sources
 	go generate ./bpf
 
 test: ## unit tests under the race detector, real kernel hooks, a lean pass over real Kafka; needs root
-	$(setup) go gcc kafka runc
+	$(setup) go gcc kafka runc oidc-issuer
 	go vet ./...
 	go test -race -timeout 15m $$(go list ./... | grep -v /test/bypass$$)
 	go test -timeout 15m ./test/bypass # hundreds of processes, which the race detector makes slow

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"syscall"
 	"testing"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -75,6 +76,11 @@ var actions = map[string]func(fd int, s step) error{
 	},
 	"bind":          func(fd int, s step) error { return unix.Bind(fd, s.address()) },
 	"only a socket": func(int, step) error { return nil },
+	"close":         func(fd int, _ step) error { return unix.Close(fd) },
+	"wait": func(int, step) error { // to be told to proceed
+		_, err := os.Stdin.Read(make([]byte, 1))
+		return err
+	},
 	"send a packet": func(_ int, s step) error {
 		to := s.address()
 		family := unix.AF_INET
@@ -177,6 +183,12 @@ func runPlan(text string) error {
 		if s.Do == "execute again" {
 			return executeAgain(plan{Steps: p.Steps[i+1:]})
 		}
+		if s.Do == "fork" {
+			if err := fork(); err != nil {
+				return err
+			}
+			continue
+		}
 		if s.Do == "load the programs" {
 			_, err := Load(Options{CgroupPath: s.To})
 			if err := out.Encode(outcome{Error: fmt.Sprint(errors.Is(err, ErrPrivilege), err)}); err != nil {
@@ -206,6 +218,28 @@ func runPlan(text string) error {
 	return err
 }
 
+// fork starts a child that is the same program image and has the same sockets, until standard input ends. It makes
+// nothing but system calls: the Go runtime does not survive a fork.
+//
+//go:norace
+//go:nosplit
+func fork() error {
+	pid, _, errno := syscall.RawSyscall(syscall.SYS_CLONE, uintptr(syscall.SIGCHLD), 0, 0)
+	if errno != 0 {
+		return errno
+	}
+	if pid > 0 {
+		return nil
+	}
+	var b byte
+	for {
+		n, _, errno := syscall.RawSyscall(syscall.SYS_READ, 0, uintptr(unsafe.Pointer(&b)), 1)
+		if n == 0 || errno != 0 && errno != syscall.EINTR {
+			syscall.RawSyscall(syscall.SYS_EXIT_GROUP, 0, 0, 0)
+		}
+	}
+}
+
 func executeAgain(rest plan) error {
 	text, err := json.Marshal(rest)
 	if err != nil {
@@ -223,6 +257,7 @@ type client struct {
 	cmd      *exec.Cmd
 	stdin    io.WriteCloser
 	outcomes *json.Decoder
+	killed   bool
 	pidFD    int
 }
 
@@ -274,13 +309,33 @@ func (c *client) outcome() outcome {
 	return o
 }
 
+// proceed ends a step "wait".
+func (c *client) proceed() {
+	c.t.Helper()
+	if _, err := c.stdin.Write([]byte{0}); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// kill makes the client a zombie.
+func (c *client) kill() {
+	c.t.Helper()
+	c.killed = true
+	if err := c.cmd.Process.Kill(); err != nil {
+		c.t.Fatal(err)
+	}
+	if _, err := unix.Poll([]unix.PollFd{{Fd: int32(c.pidFD), Events: unix.POLLIN}}, int(patience.Milliseconds())); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
 // end lets the client exit, with all its sockets, and waits for that.
 func (c *client) end() {
 	if c.pidFD < 0 {
 		return
 	}
 	_ = c.stdin.Close()
-	if err := c.cmd.Wait(); err != nil {
+	if err := c.cmd.Wait(); err != nil && !c.killed {
 		c.t.Errorf("the client: %v", err)
 	}
 	_ = unix.Close(c.pidFD)

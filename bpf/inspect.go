@@ -22,6 +22,8 @@ type Inspection struct {
 	Enrolled  map[uint64]uint16 `json:"-"`     // listeners' ports by network namespace cookie
 	Exempt    map[uint64]uint64 `json:"-"`     // connects by cgroup id
 	Counters  map[string]uint64 `json:"-"`     // see Counters
+	// Why an execve is noticed by a look every second instead of at once; empty where it is at once.
+	Unnoticed string `json:"exec_unnoticed,omitempty"`
 }
 
 // HookState tells whether a program is attached where it should be.
@@ -38,6 +40,9 @@ func (i Inspection) Attached() bool {
 // Inspect looks at the programs that this process runs.
 func (p *Programs) Inspect() (Inspection, error) {
 	i, err := p.inspect()
+	if p.life.unattached != nil {
+		i.Unnoticed = p.life.unattached.Error()
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, h := range p.hooks {

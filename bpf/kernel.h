@@ -18,6 +18,8 @@ typedef unsigned int __u32;
 typedef int __s32;
 typedef unsigned long long __u64;
 
+struct socket___klamm;
+
 #define NULL ((void *)0)
 #define SEC(name) __attribute__((section(name), used))
 #define INLINE static inline __attribute__((always_inline))
@@ -211,6 +213,7 @@ static __u64 (*const bpf_ktime_get_boot_ns)(void) = (void *)125; /* 5.8 */
 static long (*const bpf_seq_write)(void *seq, const void *data, __u32 size) = (void *)127;
 static void *(*const bpf_ringbuf_reserve)(void *ring, __u64 size, __u64 flags) = (void *)131; /* 5.8 */
 static void (*const bpf_ringbuf_submit)(void *data, __u64 flags) = (void *)132;
+static struct socket___klamm *(*const bpf_sock_from_file)(void *file) = (void *)162; /* 5.11 */
 static int (*const bpf_set_retval)(int retval) = (void *)187; /* 5.18 */
 
 /* The kernel's own structures ---------------------------------------------------------------------------------------- */
@@ -274,6 +277,27 @@ struct cred___klamm {
 	struct kid___klamm uid, gid;
 } CORE;
 
+struct atomic64___klamm {
+	__u64 counter;
+} CORE;
+
+struct sock_common___klamm {
+	struct atomic64___klamm skc_cookie;
+} CORE;
+
+struct sock___klamm {
+	struct sock_common___klamm __sk_common;
+	__u16 sk_protocol;
+} CORE;
+
+struct mptcp_sock___klamm {
+	struct sock___klamm *first; /* subflow: the one that connect(2) makes */
+} CORE;
+
+struct socket___klamm {
+	struct sock___klamm *sk;
+} CORE;
+
 struct task_struct___klamm {
 	__u32 flags;
 	__u32 pid, tgid;
@@ -297,6 +321,13 @@ struct bpf_iter_meta___klamm {
 struct bpf_iter__task___klamm {
 	struct bpf_iter_meta___klamm *meta;
 	struct task_struct___klamm *task;
+};
+
+struct bpf_iter__task_file___klamm {
+	struct bpf_iter_meta___klamm *meta;
+	struct task_struct___klamm *task;
+	__u32 fd;
+	void *file __attribute__((aligned(8)));
 };
 
 /* READ(p, field) is p->field; 0 where p or the page behind it is gone (the helper clears what it cannot read). */

@@ -61,6 +61,7 @@ type Programs struct {
 	pins    *pins // nil without
 	tasks   taskReader
 	events  *ringbuf.Reader
+	life    *life
 	cgroups []*os.File
 
 	mu     sync.Mutex // guards what follows
@@ -151,6 +152,9 @@ func (p *Programs) prepare(ports []uint16) (err error) {
 	p.tasks = taskReader{program: p.objects.KlammTask, wanted: p.objects.KlammWantedPid}
 	if p.events, err = ringbuf.NewReader(p.objects.KlammEvents); err != nil {
 		return fmt.Errorf("read the events of the eBPF programs: %w", err)
+	}
+	if p.life, err = newLife(&p.objects); err != nil {
+		return err
 	}
 	if err := p.objects.KlammConfig.Lookup(uint32(0), &p.config); err != nil {
 		return fmt.Errorf("read what is configured in the kernel: %w", err)

@@ -159,6 +159,40 @@ struct {
 	MAP_TYPE(value, __u64);
 } klamm_told SEC(".maps");
 
+/* The following belong to one process of the node and are not pinned: a node that drains while the next one runs has
+ * other processes in view. */
+
+/* The thread group ids whose execve the node is to be told of, one bit each: pid_max is at most 4194304. */
+struct {
+	MAP_NUMBER(type, BPF_MAP_TYPE_ARRAY);
+	MAP_NUMBER(max_entries, 4194304 / 64);
+	MAP_TYPE(key, __u32);
+	MAP_TYPE(value, __u64);
+} klamm_watched SEC(".maps");
+
+/* Thread group ids that called execve. What does not fit is counted, and found by the node's next look. */
+struct {
+	MAP_NUMBER(type, BPF_MAP_TYPE_RINGBUF);
+	MAP_NUMBER(max_entries, 64 * 1024);
+	MAP_TYPE(value, __u32);
+} klamm_executed SEC(".maps");
+
+/* Cookies of the sockets whose holders the node looks for. */
+struct {
+	MAP_NUMBER(type, BPF_MAP_TYPE_HASH);
+	MAP_NUMBER(max_entries, 1024);
+	MAP_TYPE(key, __u64);
+	MAP_TYPE(value, __u8);
+} klamm_sought SEC(".maps");
+
+INLINE int is_watched(__u32 tgid)
+{
+	__u32 word = tgid / 64;
+	const __u64 *bits = bpf_map_lookup_elem(&klamm_watched, &word);
+
+	return bits && *bits >> (tgid % 64) & 1;
+}
+
 /* Atomic although per CPU: one task can interrupt another within a program. */
 INLINE void count(enum klamm_reason reason)
 {

@@ -78,10 +78,15 @@ func generation(spec *ebpf.CollectionSpec) string {
 	return fmt.Sprintf("v%d-%x", layoutVersion, h.Sum(nil)[:4])
 }
 
-// pinned are the names of the maps that outlive the process, which are all but the programs' variables.
+// own are the maps that end with the process, beside the programs' variables.
+var own = []string{redirectMapKlammExecuted, redirectMapKlammSought, redirectMapKlammWatched}
+
+// pinned are the names of the maps that outlive the process.
 func pinned(spec *ebpf.CollectionSpec) []string {
 	names := slices.Sorted(maps.Keys(spec.Maps))
-	return slices.DeleteFunc(names, func(name string) bool { return strings.HasPrefix(name, ".") })
+	return slices.DeleteFunc(names, func(name string) bool {
+		return strings.HasPrefix(name, ".") || slices.Contains(own, name)
+	})
 }
 
 func (p *pins) path(below ...string) string {

@@ -27,7 +27,7 @@ func (p *Programs) Close() error {
 	if p.events != nil {
 		errs = append(errs, p.events.Close())
 	}
-	errs = append(errs, p.objects.Close(), p.pins.close())
+	errs = append(errs, p.life.close(), p.objects.Close(), p.pins.close())
 	for _, c := range p.cgroups {
 		errs = append(errs, c.Close())
 	}
@@ -181,8 +181,8 @@ func b2u(b bool) uint8 {
 	return 0
 }
 
-// StopEvents makes Event return.
-func (p *Programs) StopEvents() error { return p.events.Close() }
+// StopEvents makes Event and Executed return.
+func (p *Programs) StopEvents() error { return errors.Join(p.events.Close(), p.life.executed.Close()) }
 
 // Event waits for something that happened in the kernel. It is for one goroutine; after StopEvents the error is
 // os.ErrClosed.

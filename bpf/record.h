@@ -43,6 +43,13 @@ struct klamm_record {
 };
 _Static_assert(sizeof(struct klamm_record) == 152, "record.go mirrors this layout");
 
+/* A process that has a descriptor of a client's socket. */
+struct klamm_holder {
+	__u64 socket; /* SO_COOKIE of what connected: for MPTCP that of the first subflow */
+	struct klamm_task task;
+};
+_Static_assert(sizeof(struct klamm_holder) == 80, "record.go mirrors this layout");
+
 /* Something the node is to act on, or to put on record: at most one per network namespace, reason and moment. */
 struct klamm_event {
 	__u64 netns_cookie;

@@ -16,6 +16,9 @@
 //
 //   sock_create          tells the node of a network namespace in which it does not listen yet
 //   egress               the second line: a broker-bound packet of a socket that connect4/6 did not let go is dropped
+//
+// The rest tells what becomes of the processes behind connections: iterators that the node runs when it wants to know,
+// and a tracepoint for what it has to know at once.
 #include "kernel.h"
 #include "connect.h"
 #include "egress.h"
@@ -451,6 +454,18 @@ int klamm_sock_create(struct bpf_sock *ctx)
 	return PASS;
 }
 
+/* As in a record, but ids and cgroup are the leader's. */
+INLINE void read_facts(struct klamm_task *to, struct task_struct___klamm *leader, struct task_struct___klamm *running)
+{
+	struct cred___klamm *cred = READ(leader, real_cred);
+
+	read_process(to, leader, running);
+	to->cgroup_id = READ(READ(READ(READ(leader, cgroups), dfl_cgrp), kn), id);
+	to->tgid = READ(leader, tgid);
+	to->uid = READ(cred, uid.val);
+	to->gid = READ(cred, gid.val);
+}
+
 /* Set under the reader's lock. */
 volatile __u32 klamm_wanted_pid;
 
@@ -461,16 +476,82 @@ int klamm_task(struct bpf_iter__task___klamm *ctx)
 {
 	struct task_struct___klamm *task = ctx->task;
 	struct klamm_task facts = {};
-	struct cred___klamm *cred;
 
 	if (!task || READ(task, pid) != klamm_wanted_pid)
 		return 0;
-	read_process(&facts, task, task);
-	facts.cgroup_id = READ(READ(READ(READ(task, cgroups), dfl_cgrp), kn), id);
-	facts.tgid = READ(task, tgid);
-	cred = READ(task, real_cred);
-	facts.uid = READ(cred, uid.val);
-	facts.gid = READ(cred, gid.val);
+	read_facts(&facts, task, task);
 	bpf_seq_write(ctx->meta->seq, &facts, sizeof(facts));
+	return 0;
+}
+
+/* Says what all watched processes are now. */
+SEC("iter/task")
+int klamm_watched_tasks(struct bpf_iter__task___klamm *ctx)
+{
+	struct task_struct___klamm *task = ctx->task;
+	struct klamm_task facts = {};
+	__u32 pid;
+
+	if (!task)
+		return 0;
+	pid = READ(task, pid);
+	if (pid != READ(task, tgid) || !is_watched(pid))
+		return 0;
+	read_facts(&facts, task, task);
+	bpf_seq_write(ctx->meta->seq, &facts, sizeof(facts));
+	return 0;
+}
+
+/* Runs for every execve on the host that has succeeded, and still in its context. */
+SEC("raw_tp/sched_process_exec")
+int klamm_exec(void *ctx)
+{
+	__u32 tgid = bpf_get_current_pid_tgid() >> 32, *executed;
+
+	(void)ctx;
+	if (!is_watched(tgid))
+		return 0;
+	executed = bpf_ringbuf_reserve(&klamm_executed, sizeof(*executed), 0);
+	if (!executed) {
+		count(KLAMM_EVENT_LOST);
+		return 0;
+	}
+	*executed = tgid;
+	bpf_ringbuf_submit(executed, 0);
+	return 0;
+}
+
+/* What connect(2) on a socket connects: for MPTCP its first subflow. */
+INLINE struct sock___klamm *connected(struct sock___klamm *sk)
+{
+	struct mptcp_sock___klamm *mptcp = (void *)sk;
+
+	if (!HAS_FIELD(mptcp->first) || READ(sk, sk_protocol) != IPPROTO_MPTCP)
+		return sk;
+	/* Without the barrier the field's offset is taken before it is known whether the kernel has one. */
+	asm volatile("" : "+r"(mptcp));
+	return READ(mptcp, first);
+}
+
+/* Says who has the sockets that are sought. Descriptors in flight (SCM_RIGHTS) and in rings of io_uring are nobody's
+ * here. */
+SEC("iter/task_file")
+int klamm_holders(struct bpf_iter__task_file___klamm *ctx)
+{
+	struct task_struct___klamm *task = ctx->task;
+	struct klamm_holder holder = {};
+	void *file = ctx->file;
+	struct socket___klamm *socket;
+
+	if (!task || !file)
+		return 0;
+	socket = bpf_sock_from_file(file);
+	if (!socket)
+		return 0;
+	holder.socket = READ(connected(READ(socket, sk)), __sk_common.skc_cookie.counter);
+	if (!bpf_map_lookup_elem(&klamm_sought, &holder.socket))
+		return 0;
+	read_facts(&holder.task, READ(task, group_leader), task);
+	bpf_seq_write(ctx->meta->seq, &holder, sizeof(holder));
 	return 0;
 }

@@ -155,22 +155,28 @@ const (
 	redirectMapKlammDown          = "klamm_down"
 	redirectMapKlammEnrolled      = "klamm_enrolled"
 	redirectMapKlammEvents        = "klamm_events"
+	redirectMapKlammExecuted      = "klamm_executed"
 	redirectMapKlammExempt        = "klamm_exempt"
 	redirectMapKlammHandshake     = "klamm_handshake"
 	redirectMapKlammNetworks      = "klamm_networks"
 	redirectMapKlammPorts         = "klamm_ports"
+	redirectMapKlammSought        = "klamm_sought"
 	redirectMapKlammStamp         = "klamm_stamp"
 	redirectMapKlammTold          = "klamm_told"
+	redirectMapKlammWatched       = "klamm_watched"
 	redirectProgKlammConnect4     = "klamm_connect4"
 	redirectProgKlammConnect6     = "klamm_connect6"
 	redirectProgKlammEgress       = "klamm_egress"
+	redirectProgKlammExec         = "klamm_exec"
 	redirectProgKlammGetpeername4 = "klamm_getpeername4"
 	redirectProgKlammGetpeername6 = "klamm_getpeername6"
+	redirectProgKlammHolders      = "klamm_holders"
 	redirectProgKlammPostBind4    = "klamm_post_bind4"
 	redirectProgKlammPostBind6    = "klamm_post_bind6"
 	redirectProgKlammSockCreate   = "klamm_sock_create"
 	redirectProgKlammSockops      = "klamm_sockops"
 	redirectProgKlammTask         = "klamm_task"
+	redirectProgKlammWatchedTasks = "klamm_watched_tasks"
 	redirectVarKlammWantedPid     = "klamm_wanted_pid"
 )
 
@@ -219,13 +225,16 @@ type redirectProgramSpecs struct {
 	KlammConnect4     *ebpf.ProgramSpec `ebpf:"klamm_connect4"`
 	KlammConnect6     *ebpf.ProgramSpec `ebpf:"klamm_connect6"`
 	KlammEgress       *ebpf.ProgramSpec `ebpf:"klamm_egress"`
+	KlammExec         *ebpf.ProgramSpec `ebpf:"klamm_exec"`
 	KlammGetpeername4 *ebpf.ProgramSpec `ebpf:"klamm_getpeername4"`
 	KlammGetpeername6 *ebpf.ProgramSpec `ebpf:"klamm_getpeername6"`
+	KlammHolders      *ebpf.ProgramSpec `ebpf:"klamm_holders"`
 	KlammPostBind4    *ebpf.ProgramSpec `ebpf:"klamm_post_bind4"`
 	KlammPostBind6    *ebpf.ProgramSpec `ebpf:"klamm_post_bind6"`
 	KlammSockCreate   *ebpf.ProgramSpec `ebpf:"klamm_sock_create"`
 	KlammSockops      *ebpf.ProgramSpec `ebpf:"klamm_sockops"`
 	KlammTask         *ebpf.ProgramSpec `ebpf:"klamm_task"`
+	KlammWatchedTasks *ebpf.ProgramSpec `ebpf:"klamm_watched_tasks"`
 }
 
 // redirectMapSpecs contains maps before they are loaded into the kernel.
@@ -239,12 +248,15 @@ type redirectMapSpecs struct {
 	KlammDown      *ebpf.MapSpec `ebpf:"klamm_down"`
 	KlammEnrolled  *ebpf.MapSpec `ebpf:"klamm_enrolled"`
 	KlammEvents    *ebpf.MapSpec `ebpf:"klamm_events"`
+	KlammExecuted  *ebpf.MapSpec `ebpf:"klamm_executed"`
 	KlammExempt    *ebpf.MapSpec `ebpf:"klamm_exempt"`
 	KlammHandshake *ebpf.MapSpec `ebpf:"klamm_handshake"`
 	KlammNetworks  *ebpf.MapSpec `ebpf:"klamm_networks"`
 	KlammPorts     *ebpf.MapSpec `ebpf:"klamm_ports"`
+	KlammSought    *ebpf.MapSpec `ebpf:"klamm_sought"`
 	KlammStamp     *ebpf.MapSpec `ebpf:"klamm_stamp"`
 	KlammTold      *ebpf.MapSpec `ebpf:"klamm_told"`
+	KlammWatched   *ebpf.MapSpec `ebpf:"klamm_watched"`
 }
 
 // redirectVariableSpecs contains global variables before they are loaded into the kernel.
@@ -281,12 +293,15 @@ type redirectMaps struct {
 	KlammDown      *ebpf.Map `ebpf:"klamm_down"`
 	KlammEnrolled  *ebpf.Map `ebpf:"klamm_enrolled"`
 	KlammEvents    *ebpf.Map `ebpf:"klamm_events"`
+	KlammExecuted  *ebpf.Map `ebpf:"klamm_executed"`
 	KlammExempt    *ebpf.Map `ebpf:"klamm_exempt"`
 	KlammHandshake *ebpf.Map `ebpf:"klamm_handshake"`
 	KlammNetworks  *ebpf.Map `ebpf:"klamm_networks"`
 	KlammPorts     *ebpf.Map `ebpf:"klamm_ports"`
+	KlammSought    *ebpf.Map `ebpf:"klamm_sought"`
 	KlammStamp     *ebpf.Map `ebpf:"klamm_stamp"`
 	KlammTold      *ebpf.Map `ebpf:"klamm_told"`
+	KlammWatched   *ebpf.Map `ebpf:"klamm_watched"`
 }
 
 func (m *redirectMaps) Close() error {
@@ -298,12 +313,15 @@ func (m *redirectMaps) Close() error {
 		m.KlammDown,
 		m.KlammEnrolled,
 		m.KlammEvents,
+		m.KlammExecuted,
 		m.KlammExempt,
 		m.KlammHandshake,
 		m.KlammNetworks,
 		m.KlammPorts,
+		m.KlammSought,
 		m.KlammStamp,
 		m.KlammTold,
+		m.KlammWatched,
 	)
 }
 
@@ -321,13 +339,16 @@ type redirectPrograms struct {
 	KlammConnect4     *ebpf.Program `ebpf:"klamm_connect4"`
 	KlammConnect6     *ebpf.Program `ebpf:"klamm_connect6"`
 	KlammEgress       *ebpf.Program `ebpf:"klamm_egress"`
+	KlammExec         *ebpf.Program `ebpf:"klamm_exec"`
 	KlammGetpeername4 *ebpf.Program `ebpf:"klamm_getpeername4"`
 	KlammGetpeername6 *ebpf.Program `ebpf:"klamm_getpeername6"`
+	KlammHolders      *ebpf.Program `ebpf:"klamm_holders"`
 	KlammPostBind4    *ebpf.Program `ebpf:"klamm_post_bind4"`
 	KlammPostBind6    *ebpf.Program `ebpf:"klamm_post_bind6"`
 	KlammSockCreate   *ebpf.Program `ebpf:"klamm_sock_create"`
 	KlammSockops      *ebpf.Program `ebpf:"klamm_sockops"`
 	KlammTask         *ebpf.Program `ebpf:"klamm_task"`
+	KlammWatchedTasks *ebpf.Program `ebpf:"klamm_watched_tasks"`
 }
 
 func (p *redirectPrograms) Close() error {
@@ -335,13 +356,16 @@ func (p *redirectPrograms) Close() error {
 		p.KlammConnect4,
 		p.KlammConnect6,
 		p.KlammEgress,
+		p.KlammExec,
 		p.KlammGetpeername4,
 		p.KlammGetpeername6,
+		p.KlammHolders,
 		p.KlammPostBind4,
 		p.KlammPostBind6,
 		p.KlammSockCreate,
 		p.KlammSockops,
 		p.KlammTask,
+		p.KlammWatchedTasks,
 	)
 }
 

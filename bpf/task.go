@@ -25,11 +25,17 @@ func (r *taskReader) read(pid uint32) (TaskFacts, error) {
 	if err := r.wanted.Set(pid); err != nil {
 		return TaskFacts{}, fmt.Errorf("read process %d in the kernel: %w", pid, err)
 	}
-	facts, err := iterate(r.program.FD(), pid)
+	found, err := iterate(r.program.FD(), &iterLinkInfo{tid: pid})
 	runtime.KeepAlive(r.program)
+	if err == nil && len(found) == 0 {
+		err = ErrNoTask
+	}
 	if err != nil {
 		return TaskFacts{}, fmt.Errorf("read process %d in the kernel: %w", pid, err)
 	}
+	var facts TaskFacts
+	//nolint:gosec // the program writes one struct klamm_task, which TaskFacts is
+	copy(unsafe.Slice((*byte)(unsafe.Pointer(&facts)), unsafe.Sizeof(facts)), found)
 	return facts, nil
 }
 
@@ -52,20 +58,21 @@ type (
 	}
 )
 
-// iterate runs the iterator over one process. By own system calls, because cilium/ebpf cannot narrow an iterator to a
-// process.
-func iterate(programFD int, pid uint32) (facts TaskFacts, err error) {
-	info := iterLinkInfo{tid: pid}
+// iterate runs an iterator, over one process where info names it, and returns what its program wrote. By own system
+// calls, because cilium/ebpf cannot narrow an iterator to a process.
+func iterate(programFD int, info *iterLinkInfo) (text []byte, err error) {
 	link := linkCreate{
 		programFD:  uint32(programFD),
 		attachType: unix.BPF_TRACE_ITER,
-		info:       &info,
-		infoLen:    uint32(unsafe.Sizeof(info)),
+		info:       info,
+	}
+	if info != nil {
+		link.infoLen = uint32(unsafe.Sizeof(*info))
 	}
 	//nolint:gosec // bpf(2) takes a pointer to a structure of the command
 	linkFD, err := sysBPF(unix.BPF_LINK_CREATE, unsafe.Pointer(&link), unsafe.Sizeof(link))
 	if err != nil {
-		return TaskFacts{}, fmt.Errorf("make a task iterator: %w", err)
+		return nil, fmt.Errorf("make an iterator: %w", err)
 	}
 	defer func() { err = errors.Join(err, unix.Close(linkFD)) }()
 
@@ -73,19 +80,29 @@ func iterate(programFD int, pid uint32) (facts TaskFacts, err error) {
 	//nolint:gosec // as above
 	iterFD, err := sysBPF(unix.BPF_ITER_CREATE, unsafe.Pointer(&iter), unsafe.Sizeof(iter))
 	if err != nil {
-		return TaskFacts{}, fmt.Errorf("open the task iterator: %w", err)
+		return nil, fmt.Errorf("open the iterator: %w", err)
 	}
 	defer func() { err = errors.Join(err, unix.Close(iterFD)) }()
+	return readIterator(iterFD, info != nil)
+}
 
-	//nolint:gosec // the program writes one struct klamm_task, which TaskFacts is
-	buf := unsafe.Slice((*byte)(unsafe.Pointer(&facts)), unsafe.Sizeof(facts))
-	switch n, err := ignoringEINTR(func() (int, error) { return unix.Read(iterFD, buf) }); {
-	case err != nil:
-		return TaskFacts{}, fmt.Errorf("run the task iterator: %w", err)
-	case n == 0:
-		return TaskFacts{}, ErrNoTask
+// readIterator reads all of it, or what one read gives. A read that has passed a million objects in vain fails with
+// EAGAIN and goes on from there the next time.
+func readIterator(fd int, one bool) (text []byte, err error) {
+	buf := make([]byte, 64*unsafe.Sizeof(Holder{}))
+	for {
+		n, err := unix.Read(fd, buf)
+		switch {
+		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
+			continue
+		case err != nil:
+			return nil, fmt.Errorf("run the iterator: %w", err)
+		}
+		text = append(text, buf[:n]...)
+		if n == 0 || one {
+			return text, nil
+		}
 	}
-	return facts, nil
 }
 
 func sysBPF(cmd uintptr, attr unsafe.Pointer, size uintptr) (int, error) {

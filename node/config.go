@@ -33,6 +33,12 @@ type Config struct {
 	Identities Identities `yaml:"identities"`
 	// The SPIRE agent of this host. Default: none is asked.
 	SPIRE *SPIREConfig `yaml:"spire"`
+	// Issuers whose tokens count. Default: none.
+	OIDC []IssuerConfig `yaml:"oidc"`
+	// Service account tokens of pods. Default: none counts.
+	Kubernetes *KubernetesConfig `yaml:"kubernetes"`
+	// Files of workloads with tokens; the first that a workload has counts. Default: none.
+	TokenFiles []TokenFileConfig `yaml:"token-file"`
 	// Which sources are asked who a workload is.
 	Attestation AttestationConfig `yaml:"attestation"`
 	// Policy files. Default: none, all is denied.
@@ -127,6 +133,8 @@ type ClusterConfig struct {
 	CIDRs []netip.Prefix `yaml:"cidrs"`
 	// How the node reaches the brokers on behalf of workloads. Default: in plaintext, without a login of its own.
 	Upstream *UpstreamConfig `yaml:"upstream"`
+	// How clients are met that speak TLS.
+	Clients ClientsConfig `yaml:"clients"`
 	// Of the node's own client. Default: as upstream.
 	TLS *TLSConfig `yaml:"tls"`
 	// Of the node's own client. Default: as upstream.
@@ -202,10 +210,12 @@ func (c *Config) paths() []*string {
 	if c.SPIRE != nil {
 		paths = append(paths, &c.SPIRE.Socket, &c.SPIRE.WorkloadAPI)
 	}
+	paths = append(paths, c.tokenPaths()...)
 	for i := range c.Policies {
 		paths = append(paths, &c.Policies[i])
 	}
 	for _, cluster := range c.Clusters {
+		paths = append(paths, cluster.Clients.paths()...)
 		tls, logins := []*TLSConfig{cluster.TLS}, []*LoginConfig{cluster.Credentials}
 		if u := cluster.Upstream; u != nil {
 			tls, logins = append(tls, u.TLS), append(logins, u.Login)
@@ -260,9 +270,9 @@ func (c *Config) UnmarshalYAML(node *yaml.Node) error {
 	type plain Config
 	return section(node, (*plain)(c), func() []check {
 		clusters := key(node, "clusters")
-		checks := append(c.sources(node), check{len(c.Clusters) > 0, clusters,
+		checks := append(slices.Concat(c.sources(node), c.issuers(node)), check{len(c.Clusters) > 0, clusters,
 			"no cluster: give name and bootstrap of at least one"})
-		checks = append(checks, c.upstreams(clusters)...)
+		checks = append(checks, slices.Concat(c.upstreams(clusters), c.clients(clusters))...)
 		for i, b := range c.Clusters {
 			for _, a := range c.Clusters[:i] {
 				at := clusters.Content[i]

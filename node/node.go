@@ -40,6 +40,7 @@ type Node struct {
 	nri      *nri // nil where no container runtime is asked
 	attest   *spiffe.Attestor
 	spire    *spiffe.SPIRE // nil where no SPIRE agent is asked
+	issuers  *issuers
 	started  time.Time
 	manager  serviceManager
 	taken    func() error  // tells the node before this one that it may end
@@ -102,8 +103,11 @@ func openNode(c Config, log zerolog.Logger, manager serviceManager, before inher
 		return nil, err
 	}
 	n.closers = append(n.closers, file)
+	if err := n.openIssuers(); err != nil {
+		return nil, err
+	}
 	n.enforcer = enforcer.New(enforcer.Options{Policy: rules, Audit: lines, MaxFrame: int(c.Limits.MaxFrame),
-		Memory: int64(c.Limits.Memory), Metrics: n.registry, CloseOnLoss: c.Attestation.OnLoss == LossClose})
+		Memory: int64(c.Limits.Memory), Metrics: n.registry, Tokens: n.logins(), CloseOnLoss: c.Attestation.OnLoss == LossClose})
 	if strings.HasPrefix(c.Node.Pins, BPFFS+"/") {
 		if err := MountBPFFS(BPFFS); err != nil {
 			return nil, err
@@ -127,7 +131,7 @@ func openNode(c Config, log zerolog.Logger, manager serviceManager, before inher
 	if err := n.openSPIRE(processes); err != nil {
 		return nil, err
 	}
-	if n.attest, err = n.openAttestor(processes); err != nil {
+	if err := n.openAttestor(processes); err != nil {
 		return nil, err
 	}
 	n.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
@@ -217,6 +221,7 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 	}
 	n.conns.Go(func() { n.watch(ctx) })
 	n.conns.Go(func() { n.guard(ctx) })
+	n.conns.Go(func() { n.issuers.Run(ctx) })
 	if n.nri != nil {
 		n.conns.Go(func() { n.nri.run(ctx) })
 	}
@@ -392,24 +397,43 @@ func (n *Node) serve(ctx context.Context, conn net.Conn, r bpf.Record) {
 		refuse(audit.BrokerUnreachable, err)
 		return
 	}
-	opened, err := destination.Open(dialled, broker, workload)
+	tcp, _ := conn.(*net.TCPConn) // as is all that is accepted
+	o, err := destination.clients.listen(ctx, tcp)
+	switch {
+	case err != nil:
+		_ = broker.Close()
+		refuse(audit.TLSHandshake, err)
+	case o == nil:
+		n.enforce(ctx, destination, broker, enforcer.Conn{Client: client, Downstream: conn, Workload: workload}, workload)
+	case destination.clients.mode == TLSPassthrough:
+		n.pass(ctx, client, tcp, broker, workload, destination, o)
+	default:
+		n.terminate(ctx, client, tcp, broker, workload, destination, o)
+	}
+}
+
+// enforce opens the way to the broker that was dialled, and enforces policy on c until it ends. It closes all.
+func (n *Node) enforce(ctx context.Context, d Destination, broker net.Conn, c enforcer.Conn, workload *spiffe.Attested) {
+	bounded, cancel := context.WithTimeout(ctx, n.config.Limits.DialTimeout)
+	opened, err := d.Open(bounded, broker, workload)
+	cancel()
 	if err != nil {
-		refuse(upstreamReason(err), err)
+		reset(c.Downstream)
+		n.refuse(c.Client, upstreamReason(err), err)
 		return
 	}
-	enforced := enforcer.Conn{Client: client, Downstream: conn, Upstream: opened.Conn, Workload: workload,
-		Kafka: destination, AutoCreate: destination.AutoCreate()}
+	c.Upstream, c.Kafka, c.AutoCreate = opened.Conn, d, d.AutoCreate()
 	if opened.Login != nil {
-		enforced.Login = opened.Login
+		c.Login = opened.Login
 	}
 	ctx, stop := whileCurrent(ctx, opened, workload)
 	defer stop()
-	err = n.enforcer.Serve(ctx, enforced)
+	err = n.enforcer.Serve(ctx, c)
 	if cause := context.Cause(ctx); errors.Is(cause, upstream.ErrNoSVID) {
-		n.refuse(client, audit.NoSVID, cause)
+		n.refuse(c.Client, audit.NoSVID, cause)
 	}
 	if err != nil {
-		n.log.Debug().Err(err).Str("conn", client.ID).Msg("connection ended")
+		n.log.Debug().Err(err).Str("conn", c.ID).Msg("connection ended")
 	}
 }
 
@@ -430,9 +454,14 @@ func (n *Node) identify(ctx context.Context, r bpf.Record) (*spiffe.Attested, er
 		case <-ctx.Done():
 		}
 	}
-	return n.attest.Attest(ctx, spiffe.Peer{TGID: r.TGID, UID: r.UID, GID: r.GID, StartBoottime: r.StartBoottime,
-		ExecID: r.ExecID, PidInode: r.PidInode, ExeInode: r.ExeInode, ExeDev: r.ExeDev, CgroupID: r.CgroupID,
-		Comm: r.Comm.String()})
+	return n.attest.Attest(ctx, peerOf(r))
+}
+
+// peerOf is who made the connect.
+func peerOf(r bpf.Record) spiffe.Peer {
+	return spiffe.Peer{TGID: r.TGID, UID: r.UID, GID: r.GID, StartBoottime: r.StartBoottime, ExecID: r.ExecID,
+		PidInode: r.PidInode, ExeInode: r.ExeInode, ExeDev: r.ExeDev, CgroupID: r.CgroupID, Comm: r.Comm.String(),
+		Socket: r.ClientCookie}
 }
 
 // reset closes with RST: connect(2) has succeeded already, and this is how a refusal after it looks to every client.
@@ -451,8 +480,7 @@ func (t tasks) Task(pid uint32) (spiffe.TaskFacts, error) {
 	if errors.Is(err, bpf.ErrNoTask) {
 		err = unix.ESRCH
 	}
-	return spiffe.TaskFacts{StartBoottime: f.StartBoottime, ExecID: f.ExecID, PidInode: f.PidInode, ExeInode: f.ExeInode,
-		ExeDev: f.ExeDev, UID: f.UID, GID: f.GID, CgroupID: f.CgroupID}, err
+	return facts(f), err
 }
 
 // kernelCounters exports the counters of the eBPF programs.
@@ -476,7 +504,8 @@ func (k kernelCounters) Collect(ch chan<- prometheus.Metric) {
 	}
 }
 
-// serveMetrics serves /metrics, /healthz (the process runs) and /readyz (every cluster was reached).
+// serveMetrics serves /metrics, /healthz (the process runs) and /readyz (every cluster was reached, and every issuer's
+// keys are there).
 func (n *Node) serveMetrics(ctx context.Context, failed chan<- error) error {
 	if n.config.Metrics.Listen == "" {
 		return nil
@@ -505,6 +534,10 @@ func (n *Node) readyz(w http.ResponseWriter, _ *http.Request) {
 			http.Error(w, fmt.Sprintf("cluster %s: %v", s.Name, s.Err), http.StatusServiceUnavailable)
 			return
 		}
+	}
+	if err := n.issuers.ready(); err != nil {
+		http.Error(w, err.Error(), http.StatusServiceUnavailable)
+		return
 	}
 	_, _ = io.WriteString(w, "ready\n")
 }

@@ -187,6 +187,26 @@ func (r *Redirect) events() {
 	}
 }
 
+// Unnoticed says why an execve is not noticed at once; see bpf.Programs.Unnoticed.
+func (r *Redirect) Unnoticed() error { return r.programs.Unnoticed() }
+
+// followExecve tells of the execve of watched processes until the redirect is closed; see bpf.Programs.Watch.
+func (r *Redirect) followExecve(executed func(pid uint32)) {
+	r.running.Go(func() {
+		for {
+			pid, err := r.programs.Executed()
+			switch {
+			case errors.Is(err, os.ErrClosed):
+				return
+			case err != nil:
+				r.enrolled.log.Error().Err(err).Msg("what the kernel tells of execve is not read; it is noticed later")
+				continue
+			}
+			executed(pid)
+		}
+	})
+}
+
 // Accept waits for the next redirected connection. A connection that has no record was not redirected: it is reset and
 // counted, never returned. The error is net.ErrClosed after Close, and none other. While nobody calls Accept there is
 // no heartbeat, and the enforcer counts as down.

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"klamm/bpf"
+	"klamm/spiffe"
 )
 
 // Status is what klamm status shows.
@@ -20,8 +21,10 @@ type Status struct {
 	Clusters    []ClusterStatus   `json:"clusters"`
 	NRI         *NRIStatus        `json:"nri,omitempty"`   // where intercept.nri is given
 	SPIRE       *SPIREStatus      `json:"spire,omitempty"` // where spire is given
-	Connections int               `json:"connections"`     // open now
-	Counters    map[string]uint64 `json:"counters"`        // see bpf.Programs.Counters
+	Issuers     []IssuerStatus    `json:"issuers"`
+	Attestation *spiffe.State     `json:"attestation,omitempty"` // of a node that runs
+	Connections int               `json:"connections"`           // open now
+	Counters    map[string]uint64 `json:"counters"`              // see bpf.Programs.Counters
 }
 
 // NamespaceStatus is a network namespace in which the node listens.
@@ -52,6 +55,8 @@ type ClusterStatus struct {
 func (n *Node) Status() (Status, error) {
 	s := Status{Node: n.config.Node.Name, Running: true, Since: n.started, Connections: len(n.slots),
 		Namespaces: n.redirect.enrolled.status()}
+	attestation := n.attest.State()
+	s.Attestation = &attestation
 	var err error
 	if s.Kernel, err = n.redirect.programs.Inspect(); err != nil {
 		return s, err
@@ -67,6 +72,7 @@ func (n *Node) Status() (Status, error) {
 		spire := spireStatus(n.spire.State())
 		s.SPIRE = &spire
 	}
+	s.Issuers = n.issuers.status()
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	s.Exempt = n.exempted.status(s.Kernel.Exempt)

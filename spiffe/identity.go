@@ -77,4 +77,5 @@ type Peer struct {
 	ExeDev        uint32 // kernel encoding of s_dev; never comparable with stat(2) on overlayfs
 	CgroupID      uint64
 	Comm          string
+	Socket        uint64 // SO_COOKIE of the client's socket; 0 where it is not known
 }

@@ -43,6 +43,7 @@ type Processes struct {
 	slots     chan struct{}
 	known     bounded[taskKey, process]
 	hashes    hasher
+	files     *fileReaders
 }
 
 const (
@@ -57,7 +58,7 @@ const (
 // seen to be in a container. workloads is nil where no container runtime tells of its containers.
 func NewProcesses(tasks Tasks, cgroups string, workloads Workloads) *Processes {
 	return &Processes{tasks: tasks, cgroups: cgroups, workloads: workloads, slots: make(chan struct{}, maxReaders),
-		known: newBounded[taskKey, process](maxProcesses), hashes: newHasher()}
+		known: newBounded[taskKey, process](maxProcesses), hashes: newHasher(), files: newFileReaders()}
 }
 
 // taskKey names one program image of one process: the pid alone is reused, and survives exec together with the start
@@ -82,7 +83,7 @@ func (ps *Processes) verify(ctx context.Context, peer Peer) (process, taskKey, e
 	}
 	p, ok := ps.known.get(key)
 	if !ok {
-		p, err = during(ctx, ps, peer, func() (process, error) { return ps.read(key) })
+		p, err = during(ctx, ps, ps.slots, peer, func() (process, error) { return ps.read(key) })
 		if err != nil {
 			return process{}, taskKey{}, err
 		}
@@ -99,21 +100,22 @@ func (ps *Processes) verify(ctx context.Context, peer Peer) (process, taskKey, e
 
 // sha256 is the hex digest of the executable peer's process runs.
 func (ps *Processes) sha256(ctx context.Context, peer Peer) (string, error) {
-	return during(ctx, ps, peer, func() (string, error) { return ps.hashes.sum(ctx, exeLink(peer.TGID)) })
+	return during(ctx, ps, ps.slots, peer, func() (string, error) { return ps.hashes.sum(ctx, exeLink(peer.TGID)) })
 }
 
 // during is f's result, got at the latest when ctx ends, if peer's process held its pid for as long as f read /proc by
-// that pid.
-func during[T any](ctx context.Context, ps *Processes, peer Peer, f func() (T, error)) (T, error) {
+// that pid. f runs when one of the slots is free.
+func during[T any](ctx context.Context, ps *Processes, slots chan struct{}, peer Peer, f func() (T, error)) (
+	T, error) {
 	type result struct {
 		value T
 		err   error
 	}
 	done := make(chan result, 1)
 	select {
-	case ps.slots <- struct{}{}:
+	case slots <- struct{}{}:
 		go func() {
-			defer func() { <-ps.slots }()
+			defer func() { <-slots }()
 			var r result
 			r.err = ps.bracket(peer, func() (err error) {
 				r.value, err = f()
@@ -164,28 +166,41 @@ func (ps *Processes) check(peer Peer) (taskKey, error) {
 	if err != nil {
 		return taskKey{}, peer.lost(err)
 	}
-	if peer.PidInode == 0 || now.PidInode == 0 {
-		peer.PidInode, now.PidInode = 0, 0
+	if now.ExeInode == 0 && peer.ExeInode != 0 { // it has exited, and its parent has not asked yet
+		return taskKey{}, peer.lost(unix.ESRCH)
+	}
+	return taskKey{peer.TGID, now}, peer.compare(now)
+}
+
+// compare is ErrChanged where the process is not what it was.
+func (p Peer) compare(now TaskFacts) error {
+	if p.PidInode == 0 || now.PidInode == 0 {
+		p.PidInode, now.PidInode = 0, 0
 	}
 	for _, f := range []struct {
 		what     string
 		was, now uint64
 	}{
-		{"start time (the pid was reused)", peer.StartBoottime, now.StartBoottime},
-		{"pidfs inode (the pid was reused)", peer.PidInode, now.PidInode},
-		{"exec id (it executed another program)", peer.ExecID, now.ExecID},
-		{"executable's inode", peer.ExeInode, now.ExeInode},
-		{"executable's device", uint64(peer.ExeDev), uint64(now.ExeDev)},
-		{"uid", uint64(peer.UID), uint64(now.UID)},
-		{"gid", uint64(peer.GID), uint64(now.GID)},
-		{"cgroup id", peer.CgroupID, now.CgroupID},
+		{"start time (the pid was reused)", p.StartBoottime, now.StartBoottime},
+		{"pidfs inode (the pid was reused)", p.PidInode, now.PidInode},
+		{"exec id (it executed another program)", p.ExecID, now.ExecID},
+		{"executable's inode", p.ExeInode, now.ExeInode},
+		{"executable's device", uint64(p.ExeDev), uint64(now.ExeDev)},
+		{"uid", uint64(p.UID), uint64(now.UID)},
+		{"gid", uint64(p.GID), uint64(now.GID)},
+		{"cgroup id", p.CgroupID, now.CgroupID},
 	} {
 		if f.was != f.now {
-			return taskKey{}, fmt.Errorf("%w: pid %d (%s): %s was %d, is %d",
-				ErrChanged, peer.TGID, peer.Comm, f.what, f.was, f.now)
+			return fmt.Errorf("%w: pid %d (%s): %s was %d, is %d", ErrChanged, p.TGID, p.Comm, f.what, f.was, f.now)
 		}
 	}
-	return taskKey{peer.TGID, now}, nil
+	return nil
+}
+
+// reused tells whether now is of another process that got the pid.
+func (p Peer) reused(now TaskFacts) bool {
+	return p.StartBoottime != now.StartBoottime ||
+		p.PidInode != now.PidInode && p.PidInode != 0 && now.PidInode != 0
 }
 
 // lost is the error for a process that cannot be found, ErrGone where that is because it exited.

@@ -46,11 +46,12 @@ func (a *Attested) JWTSVID(ctx context.Context, audience string) (token string, 
 	if err != nil {
 		return "", time.Time{}, err
 	}
-	peer := a.record.subject.peer
+	r := a.record.Load()
+	peer := r.subject.peer
 	if _, err = a.attestor.processes.check(peer); err != nil {
 		return "", time.Time{}, err
 	}
-	t, err := a.record.tokens.get(ctx, tokenKey{svid.ID, audience}, func() (jwt, error) {
+	t, err := r.tokens.get(ctx, tokenKey{svid.ID, audience}, func() (jwt, error) {
 		return a.attestor.jwt(ctx, peer, svid.ID, audience)
 	})
 	return t.token, t.expires, err

@@ -190,7 +190,11 @@ func checkPrograms() (_ string, err error) {
 	if err != nil {
 		return "", err
 	}
-	return "they load and attach (tried at " + filepath.Base(dir) + ")", r.Close()
+	detail := "they load and attach (tried at " + filepath.Base(dir) + ")"
+	if err := r.Unnoticed(); err != nil {
+		detail += "; a process that executes another program is noticed up to a second late: " + err.Error()
+	}
+	return detail, r.Close()
 }
 
 // checkConfig reads the configuration and its policies, and asks every cluster with the node's own client.
@@ -208,6 +212,16 @@ func checkConfig(ctx context.Context, file string, wait time.Duration) []finding
 	if config.SPIRE != nil {
 		findings = append(findings, found("SPIRE agent", "klamm status says whether the node that runs can do it: the agent "+
 			"knows it by its process, and may not know this one")(checkSPIRE(ctx, config)))
+	}
+	for _, c := range config.OIDC {
+		if c.TrustDomain == "" {
+			findings = append(findings, found("issuer "+c.Issuer, "check issuer, jwks, ca and bearer-file, and the route from "+
+				"this host")(node.ProbeIssuer(ctx, c)))
+		}
+	}
+	if k := config.Kubernetes; k != nil && k.Review != nil {
+		findings = append(findings, found("token reviews", "check kubernetes.review; 403 means that its account may not "+
+			"create tokenreviews: bind it to the ClusterRole system:auth-delegator")(node.ProbeReview(ctx, *k)))
 	}
 	for _, c := range config.Clusters {
 		probed := found("cluster "+c.Name, "check bootstrap, tls and credentials, and the route from this host")

@@ -13,13 +13,14 @@ import (
 
 // checkedFile is the result of policy check for one file.
 type checkedFile struct {
-	File     string         `json:"file"`
-	OK       bool           `json:"ok"`
-	Mode     policy.Mode    `json:"mode,omitempty"`
-	Cluster  string         `json:"cluster,omitempty"`
-	Rules    int            `json:"rules"`
-	Errors   []strict.Error `json:"errors"`
-	Warnings []strict.Error `json:"warnings"`
+	File        string         `json:"file"`
+	OK          bool           `json:"ok"`
+	Mode        policy.Mode    `json:"mode,omitempty"`
+	Cluster     string         `json:"cluster,omitempty"`
+	Rules       int            `json:"rules"`
+	Connections int            `json:"connections"`
+	Errors      []strict.Error `json:"errors"`
+	Warnings    []strict.Error `json:"warnings"`
 }
 
 func newPolicyCheckCommand() *cobra.Command {
@@ -62,7 +63,7 @@ func checkPolicy(file string) checkedFile {
 		c.Errors = all
 		return c
 	}
-	c.OK, c.Mode, c.Cluster, c.Rules = true, set.Mode, set.Cluster, set.Rules()
+	c.OK, c.Mode, c.Cluster, c.Rules, c.Connections = true, set.Mode, set.Cluster, set.Rules(), set.Connections()
 	c.Warnings = append(c.Warnings, set.Warnings()...)
 	return c
 }
@@ -86,7 +87,8 @@ func printChecked(out, errOut io.Writer, checked []checkedFile) error {
 		if c.Cluster != "" {
 			scope = fmt.Sprintf("cluster %q", c.Cluster)
 		}
-		if _, err := fmt.Fprintf(out, "ok: %s: rules %d, mode %s, %s\n", c.File, c.Rules, c.Mode, scope); err != nil {
+		if _, err := fmt.Fprintf(out, "ok: %s: rules %d, connections %d, mode %s, %s\n", c.File, c.Rules, c.Connections,
+			c.Mode, scope); err != nil {
 			return err
 		}
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"klamm/node"
+	"klamm/spiffe"
 )
 
 // askTimeout bounds the wait for a node that hangs.
@@ -92,6 +93,18 @@ func printStatus(out io.Writer, s node.Status) error {
 		line("SPIRE agent", "%s", cmp.Or(a.Error, fmt.Sprintf("tells of %d processes, %d have an SVID", a.Followed, a.Identified)))
 		line("node's identity", "%s", cmp.Or(a.OwnError, fmt.Sprintf("%s until %s", a.ID, a.Expires.Format(time.RFC3339))))
 	}
+	if a := s.Attestation; a != nil {
+		line("identity", "%s", attestation(a))
+		for _, source := range slices.Sorted(maps.Keys(a.Why)) {
+			line("", "%s: %s", source, a.Why[source])
+		}
+	}
+	if why := cmp.Or(k.Unnoticed, unseen(s)); why != "" {
+		line("", "WHAT PROCESSES BECOME IS NOTICED LATE: %s", why)
+	}
+	for _, i := range s.Issuers {
+		line("issuer", "%s: %s", i.Issuer, cmp.Or(i.Error, fmt.Sprintf("%d keys", i.Keys)))
+	}
 	for _, e := range s.Exempt {
 		line("exempt", "%s, %d connects", cmp.Or(e.Unit, e.Cgroup, fmt.Sprintf("cgroup %d", e.ID)), e.Connects)
 	}
@@ -104,6 +117,21 @@ func printStatus(out io.Writer, s node.Status) error {
 		}
 	}
 	return w.Flush()
+}
+
+func attestation(a *spiffe.State) string {
+	text := fmt.Sprintf("%d processes (%d lingering)", a.Processes, a.Lingering)
+	for _, source := range slices.Sorted(maps.Keys(a.Evidence)) {
+		text += fmt.Sprintf(", %d by %s", a.Evidence[source], source)
+	}
+	return text + fmt.Sprintf(", %d unidentified", a.Identified[""])
+}
+
+func unseen(s node.Status) string {
+	if s.Attestation == nil {
+		return ""
+	}
+	return s.Attestation.BlindWhy
 }
 
 func hooks(s node.Status) string {

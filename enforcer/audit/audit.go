@@ -45,6 +45,16 @@ type Subject struct {
 	Destination string // host:port the client connected to
 	Identity    spiffe.Identity
 	Principal   string // SASL principal the broker accepted; empty before
+	Login       Login
+}
+
+// Login is what is known of the SASL login that the broker accepted, beside its principal. The zero value is none.
+type Login struct {
+	Mechanism       string
+	Token           *spiffe.Evidence // of OAUTHBEARER, where we verified its token
+	DelegationToken string           // id of the token (KIP-48) of a SCRAM login as its owner
+	AccessKeyID     string           // of AWS_MSK_IAM
+	Region          string           // of AWS_MSK_IAM
 }
 
 // Trail collects the lines of one direction of a connection and writes them with one write per Flush. It belongs to one
@@ -69,7 +79,7 @@ func (l *Log) Trail(s Subject) *Trail {
 	return t
 }
 
-// Become changes the subject for the lines that follow: the broker accepted a SASL principal.
+// Become changes the subject for the lines that follow: its identity changed, or the broker accepted a SASL login.
 func (t *Trail) Become(s Subject) {
 	ctx := zerolog.New(t).With().Str("node", t.log.node).Str("conn", s.Connection)
 	p := &s.Identity.Process
@@ -80,6 +90,10 @@ func (t *Trail) Become(s Subject) {
 		{"identity_source", s.Identity.Source},
 		{"identity_rule", s.Identity.Rule},
 		{"principal", s.Principal},
+		{"sasl_mechanism", s.Login.Mechanism},
+		{"delegation_token", s.Login.DelegationToken},
+		{"aws_access_key_id", s.Login.AccessKeyID},
+		{"aws_region", s.Login.Region},
 		{"exe", p.Exe},
 		{"exe_sha256", p.ExeSHA256},
 		{"comm", p.Comm},
@@ -100,6 +114,12 @@ func (t *Trail) Become(s Subject) {
 	}
 	if len(s.Identity.Claims) > 0 {
 		ctx = ctx.Interface("claims", s.Identity.Claims)
+	}
+	if all := s.evidence(); len(all) > 0 {
+		ctx = ctx.Array("evidence", all)
+	}
+	if s.Identity.Lost != nil {
+		ctx = ctx.Str("identity_lost", s.Identity.Lost.Error())
 	}
 	t.zl = ctx.Logger()
 }

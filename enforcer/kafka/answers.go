@@ -2,6 +2,7 @@ package kafka
 
 import (
 	"encoding/binary"
+	"errors"
 
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kmsg"
@@ -28,6 +29,17 @@ func (s *session) answers() error {
 		if e == nil || sequence != e.V.sequence || size < 4 {
 			return refuse(audit.BadAnswer, "the broker sent %d bytes for request %d, which is not the next one", size, sequence)
 		}
+		if e.V.kind == ours {
+			if err := s.replied(&e.V, wire.SizePrefix+size); err != nil {
+				return err
+			}
+			s.queue.Done()
+			// Nothing of it goes out, which is when entries are removed otherwise.
+			if err := errors.Join(s.down.Flush(), s.queue.Written()); err != nil {
+				return err
+			}
+			continue
+		}
 		binary.BigEndian.PutUint32(b[wire.SizePrefix:], uint32(e.V.Correlation))
 		if err := s.broker(&e.V, wire.SizePrefix+size); err != nil {
 			return err
@@ -38,13 +50,11 @@ func (s *session) answers() error {
 
 // broker handles one answer of n bytes.
 func (s *session) broker(p *pending, n int) error {
-	k := p.kind
-	if k == fetched && p.view != s.view() {
-		k, p.edit = edited, func(c *authz.Ctx, r kmsg.Response) { authz.FilterFetch(c, r.(*kmsg.FetchResponse)) }
-		p.view = s.view()
-		p.ctx = &authz.Ctx{View: p.view, Topics: s.conn.Cluster}
+	s.downSpeaksOf(p.who)
+	if p.Key == int16(kmsg.Fetch) {
+		s.refilter(p)
 	}
-	switch k {
+	switch p.kind {
 	case fetched:
 		return s.streamFetch(p, n)
 	case relay:
@@ -58,10 +68,18 @@ func (s *session) broker(p *pending, n int) error {
 	if err != nil {
 		return fromPipe(err)
 	}
-	if p.edit != nil {
-		if frame, err = s.edit(p, frame); err != nil {
-			return err
-		}
+	original := frame
+	switch {
+	case p.kind == greeted || p.kind == authenticated:
+		frame, err = s.afterLogin(p, frame)
+	case p.edit != nil:
+		frame, err = s.edit(p, frame)
+	}
+	if err != nil {
+		return err
+	}
+	changed := &frame[0] != &original[0]
+	if changed {
 		s.down.Drop(n)
 		s.down.Emit(frame)
 	}
@@ -69,8 +87,8 @@ func (s *session) broker(p *pending, n int) error {
 	switch p.kind {
 	case acked:
 		s.auditProduce(s.downTrail, p, body)
-	case login:
-		s.loggedIn(body)
+	case greeted, authenticated:
+		s.downSpeaksOf(p.who)
 		s.auditChecks(s.downTrail, p, audit.Allow)
 	case learned:
 		_, weight, err := s.decode(p, frame)
@@ -87,10 +105,29 @@ func (s *session) broker(p *pending, n int) error {
 		}
 		s.auditChecks(s.downTrail, p, audit.Allow)
 	}
-	if p.edit == nil {
+	if !changed {
 		s.down.Pass(n)
 	}
 	return nil
+}
+
+// refilter makes a fetch answer that is decided by another view than the present one be decided anew.
+func (s *session) refilter(p *pending) {
+	view := s.view()
+	if p.view == view {
+		return
+	}
+	merge := p.edit
+	if p.ctx == nil {
+		p.ctx = &authz.Ctx{Topics: s.conn.Cluster}
+	}
+	p.kind, p.view, p.ctx.View = edited, view, view
+	p.edit = func(c *authz.Ctx, r kmsg.Response) {
+		if merge != nil {
+			merge(c, r)
+		}
+		authz.FilterFetch(c, r.(*kmsg.FetchResponse))
+	}
 }
 
 // edit decodes an answer, lets the verdict change it, and encodes it anew.

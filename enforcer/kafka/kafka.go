@@ -66,9 +66,12 @@ type Conn struct {
 	Cluster        Cluster
 	Workload       Workload
 	// Login is nil where the client logs in itself, or nobody does. It has logged in already.
-	Login      Login
+	Login Login
+	// AsWorkload tells that the broker knows the connection as the workload's, by its certificate: it ends with the
+	// workload's identity whatever Shared.CloseOnLoss says, as it does where there is a Login.
+	AsWorkload bool
 	AutoCreate bool           // see authz.Ctx
-	Policy     policy.Subject // its Principal is set by the session, once the broker accepted one
+	Policy     policy.Subject // cluster and host; who it is, the session adds from moment to moment
 	Audit      *audit.Log
-	Subject    audit.Subject
+	Subject    audit.Subject // its identity and login are the session's matter as well
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"io"
+	"time"
 
 	"github.com/twmb/franz-go/pkg/kmsg"
 
@@ -29,6 +30,15 @@ func (s *session) requests() error {
 		if size < wire.MinRequest || size > s.MaxFrame {
 			return refuse(audit.BadFrame, "a frame of %d bytes; the limit is %d", size, s.MaxFrame)
 		}
+		if b, err = s.up.Need(wire.SizePrefix + 2); err != nil {
+			return cutShort(err)
+		}
+		if err := s.oversized(size, b[wire.SizePrefix:]); err != nil {
+			return errors.Join(err, s.up.Flush())
+		}
+		if err := s.renew(); err != nil {
+			return err
+		}
 		frame, err := s.up.Need(wire.SizePrefix + size)
 		if err != nil {
 			return cutShort(err)
@@ -38,13 +48,22 @@ func (s *session) requests() error {
 			return &Error{audit.BadFrame, err}
 		}
 		if err := s.request(frame, h); err != nil {
-			return errors.Join(err, s.up.Flush()) // what was judged before still goes
+			return s.flushBefore(err)
 		}
 	}
 	if err := s.up.Flush(); err != nil {
 		return err
 	}
 	return wire.ErrStopped
+}
+
+// flushBefore sends what was judged before the frame that ends the connection, unless it must not go.
+func (s *session) flushBefore(err error) error {
+	var refusal *Error
+	if errors.As(err, &refusal) && refusal.Reason == audit.AuditFailed {
+		return err
+	}
+	return errors.Join(err, s.up.Flush())
 }
 
 // cutShort: a client that ends within a frame was no Kafka client, or died; what it began is refused.
@@ -80,13 +99,31 @@ func (s *session) request(frame []byte, h wire.Header) error {
 	if h.Key > kmsg.MaxKey || apiNames[h.Key] == "" {
 		return refuse(audit.UnknownAPI, "API key %d", h.Key)
 	}
+	if isLogin(h.Key) {
+		if err := s.up.Flush(); err != nil { // what follows wipes the pipe
+			return err
+		}
+		defer s.up.Wipe()
+	}
+	now := time.Now()
+	s.endsOpaque(h.Key)
+	b := s.who(now)
+	s.upSpeaksOf(b)
 	e := s.queue.New()
-	e.V.reset(h, s.clientID)
+	e.V.reset(h, s.clientID, now)
+	e.V.who = b
+	legal, err := s.admit(b, h.Key, now)
+	if err != nil {
+		return err
+	}
 	api := &authz.Table[h.Key]
 	if api.Decide == nil || h.Version < api.Min || h.Version > api.Max {
 		return s.unsupported(e, frame)
 	}
-	view := s.view()
+	if !legal {
+		return s.illegal(e, frame)
+	}
+	view := b.view
 	switch kmsg.Key(h.Key) {
 	case kmsg.Produce:
 		if s.produceInPlace(e, frame, view) {
@@ -103,25 +140,43 @@ func (s *session) request(frame []byte, h wire.Header) error {
 	return s.decide(e, frame, view)
 }
 
-// decide is the way of every request that is not decided in place: decode, ask the handler, act on its verdict.
-func (s *session) decide(e *wire.Entry[pending], frame []byte, view *policy.View) error {
+// decodeRequest decodes a copy of the frame's body, because a verdict may keep parts of the request until the answer
+// comes. The memory it takes of the budget is given back by release.
+func (s *session) decodeRequest(e entry, frame []byte) (req kmsg.Request, body []byte, release func(), err error) {
 	h := e.V.Header
 	weight, err := wire.CheckRequest(h.Key, h.Version, frame[wire.SizePrefix+h.Len:])
 	if err != nil {
-		return &Error{audit.Undecodable, err}
+		return nil, nil, nil, &Error{audit.Undecodable, err}
 	}
-	if weight = weight*handledRequest + int64(len(frame))*copiedRequest; weight > wire.BaseBuffer {
-		if err := s.Decoded.Acquire(weight); err != nil {
-			return &Error{audit.OutOfMemory, err}
-		}
-		defer s.Decoded.Release(weight)
+	if weight = weight*handledRequest + int64(len(frame))*copiedRequest; weight <= wire.BaseBuffer {
+		weight = 0
+	} else if err := s.Decoded.Acquire(weight); err != nil {
+		return nil, nil, nil, &Error{audit.OutOfMemory, err}
 	}
-	// A copy, because a verdict may keep parts of the request until the answer comes.
-	body := append([]byte(nil), frame[wire.SizePrefix+h.Len:]...)
-	req := kmsg.RequestForKey(h.Key)
+	body = append([]byte(nil), frame[wire.SizePrefix+h.Len:]...)
+	req = kmsg.RequestForKey(h.Key)
 	req.SetVersion(h.Version)
 	if err := req.ReadFrom(body); err != nil {
-		return refuse(audit.Undecodable, "%s v%d of %d bytes: %w", apiName(h.Key), h.Version, len(body), err)
+		clear(body)
+		s.Decoded.Release(weight)
+		return nil, nil, nil, refuse(audit.Undecodable, "%s v%d of %d bytes: %w", apiName(h.Key), h.Version, len(body), err)
+	}
+	return req, body, func() { s.Decoded.Release(weight) }, nil
+}
+
+// decide is the way of every request that is not decided in place: decode, ask the handler, act on its verdict.
+func (s *session) decide(e entry, frame []byte, view *policy.View) error {
+	h := e.V.Header
+	req, body, release, err := s.decodeRequest(e, frame)
+	if err != nil {
+		return err
+	}
+	defer release()
+	if isLogin(h.Key) {
+		defer clear(body) // a password may stand in it
+		if answered, err := s.beforeLogin(e, frame, req, e.V.who); answered || err != nil {
+			return err
+		}
 	}
 	ctx := &authz.Ctx{View: view, Topics: s.conn.Cluster, Fetch: s.fetchSes, AutoCreate: s.conn.AutoCreate}
 	v := authz.Table[h.Key].Decide(ctx, req)
@@ -153,7 +208,7 @@ func (s *session) decide(e *wire.Entry[pending], frame []byte, view *policy.View
 		forward = req
 	}
 	// What goes out is what was judged. The client's own bytes do where they say just that: no more, and nothing twice.
-	judged := wire.AppendRequest(nil, frame[wire.SizePrefix:wire.SizePrefix+h.Len], h.Correlation, forward)
+	judged := wire.AppendRequest(make([]byte, 0, len(frame)), frame[wire.SizePrefix:wire.SizePrefix+h.Len], h.Correlation, forward)
 	out := judged
 	if bytes.Equal(judged, frame) {
 		out = frame
@@ -172,14 +227,8 @@ func (s *session) decide(e *wire.Entry[pending], frame []byte, view *policy.View
 		if v.Edit == nil {
 			e.V.kind = learned
 		}
-	case kmsg.SASLHandshake:
-		s.sasl.handshake(req.(*kmsg.SASLHandshakeRequest))
 	case kmsg.SASLAuthenticate:
-		e.V.kind = login
-		s.sasl.authenticate(req.(*kmsg.SASLAuthenticateRequest).SASLAuthBytes)
-		defer clear(judged) // a password may stand in it, and in the others
-		defer clear(body)
-		defer s.up.Wipe()
+		defer clear(judged)
 	}
 	if err := s.send(e, frame, out); err != nil {
 		return err
@@ -188,10 +237,7 @@ func (s *session) decide(e *wire.Entry[pending], frame []byte, view *policy.View
 		if err := s.up.Flush(); err != nil {
 			return err
 		}
-		if err := s.queue.WaitEmpty(); err != nil {
-			return err
-		}
-		s.upTrail.Become(s.conn.Subject)
+		return s.queue.WaitEmpty()
 	}
 	return nil
 }
@@ -205,10 +251,13 @@ func (s *session) resolve(c *authz.Ctx) {
 }
 
 // unsupported answers a key or version that is hidden from ApiVersions.
-func (s *session) unsupported(e *wire.Entry[pending], frame []byte) error {
+func (s *session) unsupported(e entry, frame []byte) error {
 	resp := authz.Unsupported(e.V.Key, e.V.Version)
 	if resp == nil {
 		return refuse(audit.UnknownAPI, "%s v%d", apiName(e.V.Key), e.V.Version)
+	}
+	if s.attempt != nil || isLogin(e.V.Key) { // a login that cannot go on ends the connection, as it does at a broker
+		return s.refuseWith(e, frame, resp, refuse(audit.UnsupportedVersion, "%s v%d", apiName(e.V.Key), e.V.Version))
 	}
 	s.Metrics.Refuse(audit.UnsupportedVersion)
 	e.V.ctx = &authz.Ctx{}
@@ -216,7 +265,7 @@ func (s *session) unsupported(e *wire.Entry[pending], frame []byte) error {
 }
 
 // answer gives our own answer in its turn; the verdict is at least the one given, and what the checks say.
-func (s *session) answer(e *wire.Entry[pending], frame []byte, resp kmsg.Response, verdict audit.Verdict) error {
+func (s *session) answer(e entry, frame []byte, resp kmsg.Response, verdict audit.Verdict) error {
 	s.auditChecks(s.upTrail, &e.V, verdict)
 	if err := onRecord(s.upTrail)(); err != nil {
 		return err
@@ -226,7 +275,7 @@ func (s *session) answer(e *wire.Entry[pending], frame []byte, resp kmsg.Respons
 	return s.push(e)
 }
 
-func (s *session) push(e *wire.Entry[pending]) error {
+func (s *session) push(e entry) error {
 	if s.queue.Full() {
 		if err := s.up.Flush(); err != nil {
 			return err
@@ -236,10 +285,10 @@ func (s *session) push(e *wire.Entry[pending]) error {
 }
 
 // forward sends a frame on as it came.
-func (s *session) forward(e *wire.Entry[pending], frame []byte) error { return s.send(e, frame, frame) }
+func (s *session) forward(e entry, frame []byte) error { return s.send(e, frame, frame) }
 
 // send forwards out, which is the frame itself or stands in for it.
-func (s *session) send(e *wire.Entry[pending], frame, out []byte) error {
+func (s *session) send(e entry, frame, out []byte) error {
 	e.V.sequence = s.sequence
 	s.sequence++
 	binary.BigEndian.PutUint32(out[wire.CorrelationAt:], uint32(e.V.sequence))

@@ -35,9 +35,19 @@ type session struct {
 	up    *wire.Pipe // client to broker
 	down  *wire.Pipe // broker to client
 
+	life  context.Context //nolint:containedctx // of what waits for others than the two sides
+	die   context.CancelFunc
 	left  atomic.Bool // drained: both sides are told the end
-	bound atomic.Pointer[binding]
-	mu    sync.Mutex // guards making a binding
+	fatal atomic.Pointer[error]
+
+	bound    atomic.Pointer[binding]
+	login    atomic.Pointer[login]
+	renewing atomic.Bool // a login that follows another is under way
+	mu       sync.Mutex  // guards making a binding, and what follows
+	holder   holder
+	changes  *audit.Trail
+	expiry   *time.Timer
+	over     bool
 
 	// of the request loop
 	upTrail  *audit.Trail
@@ -46,8 +56,13 @@ type session struct {
 	fetchSes *authz.FetchSession
 	allowed  func(name []byte, id authz.TopicID) bool
 	clientID string
-	sequence int32 // correlation ids toward the broker are ours
-	sasl     sasl
+	sequence int32     // correlation ids toward the broker are ours
+	upFor    *binding  // whom upTrail speaks of
+	renewed  time.Time // when the node's own login was, last
+
+	// of the request loop, and of the answer loop while that waits for it
+	offered string   // the mechanism of the SaslHandshake that is under way
+	attempt *attempt // nil outside of an exchange
 
 	txnID      string // the transactional id decided last, under txnView
 	txnView    *policy.View
@@ -55,15 +70,9 @@ type session struct {
 
 	// of the answer loop
 	downTrail  *audit.Trail
+	downFor    *binding // whom downTrail speaks of
 	downTopics topicCache
 	fetch      fetchReader
-}
-
-// binding is the view of the current policy for the current principal.
-type binding struct {
-	policy  *policy.Policy
-	subject policy.Subject
-	view    *policy.View
 }
 
 // pending is a request that is owed an answer.
@@ -72,24 +81,30 @@ type pending struct {
 	clientID string
 	sequence int32
 	started  time.Time
+	who      *binding // whose request it is; nil where it is our own
 	kind     kind
 	ctx      *authz.Ctx // its checks, and what its edit needs; nil where decided in place
 	edit     func(*authz.Ctx, kmsg.Response)
 	fetch    *authz.FetchSession
 	view     *policy.View // a fetch was decided under it
 	produce  produced
+	reply    chan []byte // for the answer to a request of our own
 }
+
+type entry = *wire.Entry[pending]
 
 // kind says how the broker's answer is handled.
 type kind uint8
 
 const (
-	relay   kind = iota // its bytes go through
-	edited              // decoded, changed, encoded
-	fetched             // streamed, record batches hashed
-	acked               // a produce: offsets and errors belong in the audit
-	login               // SaslAuthenticate: success makes the principal count
-	learned             // a Metadata whose bytes go through: its topic ids are taken up
+	relay         kind = iota // its bytes go through
+	edited                    // decoded, changed, encoded
+	fetched                   // streamed, record batches hashed
+	acked                     // a produce: offsets and errors belong in the audit
+	greeted                   // SaslHandshake: success opens an exchange
+	authenticated             // SaslAuthenticate: success makes what the client claims count
+	learned                   // a Metadata whose bytes go through: its topic ids are taken up
+	ours                      // of our own: the client hears nothing of it
 )
 
 // Error is a refusal that ends the connection.
@@ -108,10 +123,7 @@ func refuse(r audit.Reason, format string, args ...any) error {
 // Serve enforces policy on one connection until either side ends it, and closes both. A nil error is an orderly end,
 // and ErrDrained one by Drain.
 func Serve(ctx context.Context, shared *Shared, c Conn) error {
-	s := &session{Shared: shared, conn: c, ctx: new(authz.Ctx),
-		upTrail: c.Audit.Trail(c.Subject), downTrail: c.Audit.Trail(c.Subject)}
-	s.allowed = s.mayRead
-	s.fetch.init()
+	s := newSession(ctx, shared, c)
 	s.queue = wire.NewQueue[pending](c.Client, maxInFlight)
 	s.up = wire.NewPipe(c.Client, c.Broker, shared.Requests, onRecord(s.upTrail), nil)
 	s.down = wire.NewPipe(c.Broker, c.Client, shared.Answers, onRecord(s.downTrail), s.queue.Written)
@@ -122,6 +134,9 @@ func Serve(ctx context.Context, shared *Shared, c Conn) error {
 	defer stop()
 	shared.sessions.add(s)
 	defer shared.sessions.remove(s)
+	unwatch := c.Workload.Watch(func() { go s.changed() })
+	defer unwatch()
+	s.changed() // it may have been before it was watched
 	var up error
 	var wg sync.WaitGroup
 	wg.Go(func() {
@@ -134,10 +149,21 @@ func Serve(ctx context.Context, shared *Shared, c Conn) error {
 	}
 	wg.Wait()
 	s.abort()
+	s.settle()
 	err := s.finish(up, down)
 	s.up.Close()
 	s.down.Close()
 	return err
+}
+
+func newSession(ctx context.Context, shared *Shared, c Conn) *session {
+	s := &session{Shared: shared, conn: c, ctx: new(authz.Ctx), upTrail: c.Audit.Trail(c.Subject),
+		downTrail: c.Audit.Trail(c.Subject), changes: c.Audit.Trail(c.Subject)}
+	s.life, s.die = context.WithCancel(ctx)
+	s.holder.missing(&s.conn.Subject.Identity)
+	s.allowed = s.mayRead
+	s.fetch.init()
+	return s
 }
 
 // onRecord writes the lines of what is about to happen; an error keeps it from happening.
@@ -174,7 +200,24 @@ func (s *session) endRequests(err error) {
 	s.abort()
 }
 
+// end gives the connection up for a reason that neither loop sees; the first one counts.
+func (s *session) end(err error) {
+	s.fatal.CompareAndSwap(nil, &err)
+	s.abort()
+}
+
+// settle keeps who the client is as it was at the end.
+func (s *session) settle() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.over = true
+	if s.expiry != nil {
+		s.expiry.Stop()
+	}
+}
+
 func (s *session) abort() {
+	s.die()
 	// The errors are of no use: both ends are given up.
 	_ = s.conn.Client.Close()
 	_ = s.conn.Broker.Close()
@@ -186,9 +229,12 @@ func (s *session) finish(up, down error) error {
 	for _, e := range s.queue.Open() {
 		s.auditUnknown(&e.V)
 	}
+	s.upSpeaksOf(s.bound.Load())
 	err := up
 	var refusal *Error
-	if !errors.As(up, &refusal) && (errors.As(down, &refusal) || isOrderly(up)) {
+	if fatal := s.fatal.Load(); fatal != nil {
+		err = *fatal
+	} else if !errors.As(up, &refusal) && (errors.As(down, &refusal) || isOrderly(up)) {
 		err = down
 	}
 	switch {
@@ -215,26 +261,25 @@ func isOrderly(err error) bool {
 		errors.Is(err, net.ErrClosed) || errors.Is(err, wire.ErrStopped)
 }
 
-// view is what the subject may do now, by the current policy and the principal the broker accepted.
-func (s *session) view() *policy.View {
-	current := s.Policy.Load()
-	if b := s.bound.Load(); b != nil && b.policy == current {
-		return b.view
+// upSpeaksOf makes the lines of the request loop be about who the client is by now.
+func (s *session) upSpeaksOf(b *binding) {
+	if b != s.upFor {
+		s.upFor = b
+		s.upTrail.Become(b.audit)
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.bind(s.conn.Policy, current)
 }
 
-func (s *session) bind(subject policy.Subject, p *policy.Policy) *policy.View {
-	b := &binding{p, subject, p.For(subject)}
-	s.bound.Store(b)
-	return b.view
+// downSpeaksOf makes the lines of the answer loop be about who had asked.
+func (s *session) downSpeaksOf(b *binding) {
+	if b != s.downFor && b != nil {
+		s.downFor = b
+		s.downTrail.Become(b.audit)
+	}
 }
 
-func (p *pending) reset(h wire.Header, clientID string) {
+func (p *pending) reset(h wire.Header, clientID string, now time.Time) {
 	h.ClientID = nil // in place, and about to be overwritten
-	*p = pending{Header: h, clientID: clientID, started: time.Now(), produce: p.produce.reset()}
+	*p = pending{Header: h, clientID: clientID, started: now, produce: p.produce.reset()}
 }
 
 // fromPipe names the refusals among a pipe's errors.

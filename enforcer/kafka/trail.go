@@ -38,6 +38,10 @@ func operation(t *audit.Trail, p *pending, verdict audit.Verdict, checks checkLi
 
 // auditUnknown tells of a request whose answer never came: nobody knows whether the broker carried it out.
 func (s *session) auditUnknown(p *pending) {
+	if p.kind == ours {
+		return
+	}
+	s.upSpeaksOf(p.who)
 	if p.kind == acked {
 		s.auditUnanswered(s.upTrail, p)
 		return

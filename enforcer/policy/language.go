@@ -3,6 +3,7 @@ package policy
 import (
 	"errors"
 	"fmt"
+	"iter"
 	"net/netip"
 	"strings"
 	"unicode"
@@ -35,16 +36,20 @@ func (m *Mode) UnmarshalText(text []byte) error {
 	return errors.New(strict.Unknown("mode", string(text), []string{string(Enforce), string(Observe)}))
 }
 
-// Set is the rules of one file.
+// Set is one policy file.
 type Set struct {
-	File    string
-	Mode    Mode
-	Cluster string // the only cluster it speaks of; empty for all
-	rules   []rule
+	File        string
+	Mode        Mode
+	Cluster     string // the only cluster it speaks of; empty for all
+	rules       []rule // nil: it is about connections only
+	connections []connection
 }
 
 // Rules is the number of rules in the set.
 func (s *Set) Rules() int { return len(s.rules) }
+
+// Connections is the number of entries for connections in the set.
+func (s *Set) Connections() int { return len(s.connections) }
 
 // Parse reads one policy file. The error is a strict.Errors: all that is wrong in it, with line and column.
 func Parse(file string, data []byte) (*Set, error) {
@@ -52,31 +57,50 @@ func Parse(file string, data []byte) (*Set, error) {
 	if err := strict.Decode(file, data, &doc); err != nil {
 		return nil, err
 	}
-	return &Set{File: file, Mode: doc.Mode, Cluster: doc.Cluster, rules: doc.Rules}, nil
+	return &Set{file, doc.Mode, doc.Cluster, doc.Rules, doc.Connections}, nil
 }
 
 // document is a policy file.
 type document struct {
-	APIVersion version `yaml:"apiVersion" strict:"required"`
-	Mode       Mode    `yaml:"mode"`
-	Cluster    string  `yaml:"cluster"`
-	Rules      []rule  `yaml:"rules" strict:"required"`
+	APIVersion  version      `yaml:"apiVersion" strict:"required"`
+	Mode        Mode         `yaml:"mode"`
+	Cluster     string       `yaml:"cluster"`
+	Rules       []rule       `yaml:"rules"`
+	Connections []connection `yaml:"connections"`
 }
 
 // UnmarshalYAML adds the checks that concern several rules.
 func (d *document) UnmarshalYAML(node *yaml.Node) error {
 	type plain document
 	errs := []error{strict.Node(node, (*plain)(d))}
+	if errs[0] == nil && d.Rules == nil && d.Connections == nil {
+		errs = append(errs, strict.Errorf(node, `there are neither rules nor connections: "rules: []" refuses everything`))
+	}
 	first := map[string]int{}
-	for _, r := range d.Rules {
-		if line, twice := first[r.Name]; twice && r.Name != "" {
-			errs = append(errs, strict.Errorf(r.node, "the rule name %q is taken by the rule in line %d: the audit could not "+
-				"tell them apart", r.Name, line))
-		} else if r.node != nil {
-			first[r.Name] = r.node.Line
+	for s := range d.scopes() {
+		if line, twice := first[s.Name]; twice && s.Name != "" {
+			errs = append(errs, strict.Errorf(s.node, "the name %q is taken in line %d: the audit could not tell them apart",
+				s.Name, line))
+		} else if s.node != nil {
+			first[s.Name] = s.node.Line
 		}
 	}
 	return strict.Join(node, errs...)
+}
+
+func (d *document) scopes() iter.Seq[*scope] {
+	return func(yield func(*scope) bool) {
+		for i := range d.Rules {
+			if !yield(&d.Rules[i].scope) {
+				return
+			}
+		}
+		for i := range d.Connections {
+			if !yield(&d.Connections[i].scope) {
+				return
+			}
+		}
+	}
 }
 
 type version struct{}
@@ -89,42 +113,58 @@ func (*version) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// rule gives or takes access of subjects. It names a subject when its cluster, one of its principals and one of its
-// hosts do.
+// rule gives or takes access of the subjects in its scope.
 type rule struct {
-	Name       string      `yaml:"name" strict:"required"`
-	Cluster    string      `yaml:"cluster"` // empty: every cluster of the set
-	Principals []principal `yaml:"principals" strict:"required"`
-	Hosts      []host      `yaml:"hosts"` // empty: every host
-	Allow      []entry     `yaml:"allow"`
-	Deny       []entry     `yaml:"deny"`
-
-	node *yaml.Node
+	scope `yaml:",inline"`
+	Allow []entry `yaml:"allow"`
+	Deny  []entry `yaml:"deny"`
 }
 
 // UnmarshalYAML adds the checks that concern several keys.
 func (r *rule) UnmarshalYAML(node *yaml.Node) error {
 	type plain rule
-	errs := []error{strict.Node(node, (*plain)(r))}
+	err := strict.Node(node, (*plain)(r))
 	r.node = node
-	if errs[0] == nil {
-		for _, c := range []struct {
-			broken bool
-			say    string
-		}{
-			{strings.TrimSpace(r.Name) == "", "the name is empty: the audit names rules by it"},
-			{strings.ContainsFunc(r.Name, unicode.IsControl),
-				"the name holds control characters, which would garble what is printed"},
-			{len(r.Principals) == 0, `principals is empty: list who the rule is about, ["*"] for everyone identified`},
-			{r.Hosts != nil && len(r.Hosts) == 0, "hosts is empty: leave the key out for every host"},
-			{len(r.Allow)+len(r.Deny) == 0, "the rule neither allows nor denies anything"},
-		} {
-			if c.broken {
-				errs = append(errs, strict.Errorf(node, "%s", c.say))
-			}
+	if err != nil {
+		return err
+	}
+	if len(r.Allow)+len(r.Deny) == 0 {
+		err = strict.Errorf(node, "the rule neither allows nor denies anything")
+	}
+	return strict.Join(node, r.check(), err)
+}
+
+// scope is whom a rule is about, and its name. It names a subject when its cluster, one of its principals, one of its
+// hosts and its condition do.
+type scope struct {
+	Name       string      `yaml:"name" strict:"required"`
+	Cluster    string      `yaml:"cluster"`    // empty: every cluster of the set
+	Principals []principal `yaml:"principals"` // nil: whoever the condition names
+	Hosts      []host      `yaml:"hosts"`      // empty: every host
+	When       *condition  `yaml:"when"`       // nil: it holds
+
+	node *yaml.Node
+}
+
+func (r *scope) check() error {
+	var errs []error
+	for _, c := range []struct {
+		broken bool
+		say    string
+	}{
+		{strings.TrimSpace(r.Name) == "", "the name is empty: the audit names rules by it"},
+		{strings.ContainsFunc(r.Name, unicode.IsControl),
+			"the name holds control characters, which would garble what is printed"},
+		{r.Principals == nil && r.When == nil, `the key "principals" is missing`},
+		{r.Principals != nil && len(r.Principals) == 0,
+			`principals is empty: list who the rule is about, ["*"] for everyone identified`},
+		{r.Hosts != nil && len(r.Hosts) == 0, "hosts is empty: leave the key out for every host"},
+	} {
+		if c.broken {
+			errs = append(errs, strict.Errorf(r.node, "%s", c.say))
 		}
 	}
-	return strict.Join(node, errs...)
+	return strict.Join(r.node, errs...)
 }
 
 // entry is operations on the resources of one type that a pattern matches.

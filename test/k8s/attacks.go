@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"klamm/test/kafka"
+	"klamm/test/kubernetes"
 )
 
 // attack is what the root of a pod may try. Each has to work without klamm, or it would prove nothing.
@@ -46,9 +47,10 @@ nc -w 3 {ip} ` + otherPort + ` </dev/null`},
 }
 
 // reach runs the attack and tells how many packets of its pod came to the broker.
-func (a attack) reach(ctx context.Context, r *rig) (outcome, int, error) {
-	script := strings.NewReplacer("{ip}", brokerIP, "{port}", strconv.Itoa(kafka.PlaintextPort)).Replace(a.script)
-	o, err := r.api.run(ctx, pod{name: "attack", image: attackImage, root: true, command: script})
+func (a attack) reach(ctx context.Context, r *rig) (kubernetes.Outcome, int, error) {
+	where := strings.NewReplacer("{ip}", kubernetes.BrokerIP, "{port}", strconv.Itoa(kafka.PlaintextPort))
+	script := where.Replace(a.script)
+	o, err := r.node.API.Run(ctx, kubernetes.Pod{Name: "attack", Image: attackImage, Root: true, Command: script})
 	if err != nil {
 		return o, 0, err
 	}

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"klamm/test/kafka"
+	"klamm/test/kubernetes"
 )
 
 // Topics at the broker. Clients are permitted the first.
@@ -25,7 +26,7 @@ const (
 )
 
 func (r *rig) startBroker(ctx context.Context) (err error) {
-	if r.cluster, err = kafka.New(ctx, kafka.Options{Hosts: []string{brokerIP}}); err != nil {
+	if r.cluster, err = kafka.New(ctx, kafka.Options{Hosts: []string{kubernetes.BrokerIP}}); err != nil {
 		return err
 	}
 	if r.admin, err = r.cluster.Admin(); err != nil {
@@ -125,7 +126,7 @@ func (w *wire) seen() (node, others int, who []netip.Addr, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for source, n := range w.packets {
-		if source == netip.MustParseAddr(nodeIP) {
+		if source == netip.MustParseAddr(kubernetes.NodeIP) {
 			node += n
 		} else {
 			others += n

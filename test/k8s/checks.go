@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"klamm/test/kafka"
+	"klamm/test/kubernetes"
 )
 
 type check struct {
@@ -56,12 +57,12 @@ func checks() []check {
 
 func aPodReachesTheBroker(ctx context.Context, r *rig) error {
 	command := fmt.Sprintf("echo hello | kcat -P -b %s -t %s", r.broker(), payouts)
-	o, err := r.api.run(ctx, pod{name: "direct", command: command})
+	o, err := r.node.API.Run(ctx, kubernetes.Pod{Name: "direct", Command: command})
 	if err != nil {
 		return err
 	}
 	packets, err := r.wire.from(o.Status.PodIP)
-	if err == nil && (o.code != 0 || packets == 0) {
+	if err == nil && (o.Code != 0 || packets == 0) {
 		return fmt.Errorf("%d packets came to the broker: %v", packets, o)
 	}
 	return err
@@ -77,15 +78,15 @@ func starts(ctx context.Context, r *rig) error {
 	consumer := fmt.Sprintf("kcat -C -b %s -t %s", r.broker(), orders)
 	list := fmt.Sprintf("kcat -L -m 2 -b %s >/dev/null 2>&1", r.broker())
 	lister := "while :; do " + list + " && echo yes || echo no; sleep 0.2; done"
-	for _, p := range []pod{{name: older, command: consumer}, {name: beat, command: lister}} {
-		if err := r.api.start(ctx, p); err != nil {
+	for _, p := range []kubernetes.Pod{{Name: older, Command: consumer}, {Name: beat, Command: lister}} {
+		if err := r.node.API.Start(ctx, p); err != nil {
 			return err
 		}
-		if _, err := r.api.awaitPod(ctx, p.name, "to run", (*podState).running); err != nil {
+		if _, err := r.node.API.AwaitPod(ctx, p.Name, "to run", (*kubernetes.State).Running); err != nil {
 			return err
 		}
 	}
-	err := await(ctx, "the connection of "+older, func() (bool, error) {
+	err := kubernetes.Await(ctx, "the connection of "+older, func() (bool, error) {
 		n, err := podConnections()
 		return n > 0, err
 	})
@@ -105,7 +106,7 @@ func podConnections() (int, error) {
 	for _, s := range sockets {
 		peer := s.ID.Destination.String()
 		served := s.ID.SourcePort == kafka.PlaintextPort && s.State == netlink.TCP_ESTABLISHED
-		if served && peer != nodeIP && peer != brokerIP {
+		if served && peer != kubernetes.NodeIP && peer != kubernetes.BrokerIP {
 			n++
 		}
 	}
@@ -113,7 +114,7 @@ func podConnections() (int, error) {
 }
 
 func olderConnectionsEnd(ctx context.Context, r *rig) error {
-	err := await(ctx, "the end of pods' connections at the broker", func() (bool, error) {
+	err := kubernetes.Await(ctx, "the end of pods' connections at the broker", func() (bool, error) {
 		n, err := podConnections()
 		return n == 0, err
 	})
@@ -135,9 +136,9 @@ func firstConnectsPass(ctx context.Context, r *rig) error {
 	var all sync.WaitGroup
 	for i := range failures {
 		all.Go(func() {
-			command := fmt.Sprintf("exec nc -w 5 %s %d </dev/null", brokerIP, kafka.PlaintextPort)
-			o, err := r.api.run(ctx, pod{name: fmt.Sprintf("%s-first-%d", clientPods, i), command: command})
-			if err == nil && o.code != 0 {
+			command := fmt.Sprintf("exec nc -w 5 %s %d </dev/null", kubernetes.BrokerIP, kafka.PlaintextPort)
+			o, err := r.node.API.Run(ctx, kubernetes.Pod{Name: fmt.Sprintf("%s-first-%d", clientPods, i), Command: command})
+			if err == nil && o.Code != 0 {
 				err = fmt.Errorf("pod %d: %v", i, o)
 			}
 			failures[i] = err
@@ -153,7 +154,8 @@ func firstConnectsPass(ctx context.Context, r *rig) error {
 
 func auditNamesThePod(ctx context.Context, r *rig) error {
 	const name = clientPods + "-named"
-	o, err := r.api.run(ctx, pod{name: name, command: fmt.Sprintf("echo x | kcat -P -b %s -t %s", r.broker(), orders)})
+	command := fmt.Sprintf("echo x | kcat -P -b %s -t %s", r.broker(), orders)
+	o, err := r.node.API.Run(ctx, kubernetes.Pod{Name: name, Command: command})
 	if err != nil {
 		return err
 	}
@@ -164,8 +166,8 @@ func auditNamesThePod(ctx context.Context, r *rig) error {
 	if len(lines) == 0 {
 		return fmt.Errorf("no line of the audit has the uid %s of the pod: %v", o.Metadata.UID, o)
 	}
-	want := auditLine{Pod: name, Namespace: namespace, UID: o.Metadata.UID, ID: o.containerID(), Container: "main",
-		SPIFFE: "spiffe://k8s.test/client"}
+	want := auditLine{Pod: name, Namespace: kubernetes.Namespace, UID: o.Metadata.UID, ID: o.ContainerID(),
+		Container: "main", SPIFFE: "spiffe://k8s.test/client"}
 	for _, line := range lines {
 		got := line
 		got.Event, got.Verdict = "", ""
@@ -180,8 +182,9 @@ func auditNamesThePod(ctx context.Context, r *rig) error {
 }
 
 func strangerHasNoRights(ctx context.Context, r *rig) error {
-	o, err := r.api.run(ctx, pod{name: "stranger", command: fmt.Sprintf("kcat -L -m 5 -b %s 2>&1", r.broker())})
-	if err == nil && (strings.Contains(o.log, orders) || strings.Contains(o.log, payouts)) {
+	command := fmt.Sprintf("kcat -L -m 5 -b %s 2>&1", r.broker())
+	o, err := r.node.API.Run(ctx, kubernetes.Pod{Name: "stranger", Command: command})
+	if err == nil && (strings.Contains(o.Log, orders) || strings.Contains(o.Log, payouts)) {
 		return fmt.Errorf("it sees topics: %v", o)
 	}
 	return err
@@ -190,19 +193,19 @@ func strangerHasNoRights(ctx context.Context, r *rig) error {
 // hostNetworkPodIsEnforced: at the wire its packets look like klamm's, so the audit has to tell.
 func hostNetworkPodIsEnforced(ctx context.Context, r *rig) error {
 	command := fmt.Sprintf("kcat -L -m 5 -b %s 2>&1", r.broker())
-	o, err := r.api.run(ctx, pod{name: clientPods + "-of-the-node", hostNetwork: true, command: command})
+	o, err := r.node.API.Run(ctx, kubernetes.Pod{Name: clientPods + "-of-the-node", HostNetwork: true, Command: command})
 	if err != nil {
 		return err
 	}
 	lines, err := r.audit(o.Metadata.UID)
-	if err == nil && (len(lines) == 0 || !strings.Contains(o.log, orders) || strings.Contains(o.log, payouts)) {
+	if err == nil && (len(lines) == 0 || !strings.Contains(o.Log, orders) || strings.Contains(o.Log, payouts)) {
 		return fmt.Errorf("%d lines of the audit have its uid: %v", len(lines), o)
 	}
 	return err
 }
 
 func deletedPodsLeaveNothing(ctx context.Context, r *rig) error {
-	if _, err := r.api.run(ctx, pod{name: clientPods + "-leak", command: "exit 0"}); err != nil {
+	if _, err := r.node.API.Run(ctx, kubernetes.Pod{Name: clientPods + "-leak", Command: "exit 0"}); err != nil {
 		return err
 	}
 	before, err := r.leftovers(ctx)
@@ -214,10 +217,10 @@ func deletedPodsLeaveNothing(ctx context.Context, r *rig) error {
 	var all sync.WaitGroup
 	for i := range failures {
 		all.Go(func() {
-			p := pod{name: fmt.Sprintf("%s-leak-%d", clientPods, i), command: consumer}
-			failures[i] = r.api.start(ctx, p)
+			p := kubernetes.Pod{Name: fmt.Sprintf("%s-leak-%d", clientPods, i), Command: consumer}
+			failures[i] = r.node.API.Start(ctx, p)
 			if failures[i] == nil {
-				_, failures[i] = r.api.awaitPod(ctx, p.name, "to run", (*podState).running)
+				_, failures[i] = r.node.API.AwaitPod(ctx, p.Name, "to run", (*kubernetes.State).Running)
 			}
 		})
 	}
@@ -230,14 +233,14 @@ func deletedPodsLeaveNothing(ctx context.Context, r *rig) error {
 		return err
 	}
 	for i := range failures {
-		all.Go(func() { failures[i] = r.api.remove(ctx, fmt.Sprintf("%s-leak-%d", clientPods, i)) })
+		all.Go(func() { failures[i] = r.node.API.Remove(ctx, fmt.Sprintf("%s-leak-%d", clientPods, i)) })
 	}
 	all.Wait()
 	if err := errors.Join(failures...); err != nil {
 		return err
 	}
 	var after leftovers
-	err = await(ctx, "the end of what the pods had", func() (_ bool, err error) {
+	err = kubernetes.Await(ctx, "the end of what the pods had", func() (_ bool, err error) {
 		after, err = r.leftovers(ctx)
 		return after.within(before), err
 	})
@@ -252,23 +255,23 @@ func deletedPodsLeaveNothing(ctx context.Context, r *rig) error {
 
 func restartedContainerIsEnforced(ctx context.Context, r *rig) error {
 	const name = clientPods + "-again"
-	p := pod{name: name, restart: "Always", command: fmt.Sprintf("kcat -L -m 5 -b %s; sleep 1", r.broker())}
-	if err := r.api.start(ctx, p); err != nil {
+	p := kubernetes.Pod{Name: name, Restart: "Always", Command: fmt.Sprintf("kcat -L -m 5 -b %s; sleep 1", r.broker())}
+	if err := r.node.API.Start(ctx, p); err != nil {
 		return err
 	}
-	_, err := r.api.awaitPod(ctx, name, "to restart", func(s *podState) bool {
-		return len(s.Status.ContainerStatuses) > 0 && s.Status.ContainerStatuses[0].RestartCount > 0 && s.running()
+	_, err := r.node.API.AwaitPod(ctx, name, "to restart", func(s *kubernetes.State) bool {
+		return len(s.Status.ContainerStatuses) > 0 && s.Status.ContainerStatuses[0].RestartCount > 0 && s.Running()
 	})
 	if err != nil {
 		return err
 	}
-	return errors.Join(await(ctx, "its list of topics", func() (bool, error) {
-		log, err := r.api.log(ctx, name)
+	return errors.Join(kubernetes.Await(ctx, "its list of topics", func() (bool, error) {
+		log, err := r.node.API.Log(ctx, name)
 		if strings.Contains(log, payouts) {
 			return false, fmt.Errorf("it sees %s", payouts)
 		}
 		return strings.Contains(log, orders), err
-	}), r.api.remove(ctx, name))
+	}), r.node.API.Remove(ctx, name))
 }
 
 // restarts ends klamm in one way and starts it again. Meanwhile the pod beat is refused, and so is a pod that starts
@@ -278,7 +281,7 @@ func restarts(how syscall.Signal) func(context.Context, *rig) error {
 		if err := r.awaitBeat(ctx, "yes"); err != nil {
 			return err
 		}
-		if err := r.stop("klamm", how); err != nil {
+		if err := r.node.Stop("klamm", how); err != nil {
 			return err
 		}
 		err := errors.Join(r.awaitBeat(ctx, "no"), r.newPodIsRefused(ctx))
@@ -287,9 +290,9 @@ func restarts(how syscall.Signal) func(context.Context, *rig) error {
 }
 
 func (r *rig) newPodIsRefused(ctx context.Context) error {
-	command := fmt.Sprintf("nc -w 5 %s %d </dev/null", brokerIP, kafka.PlaintextPort)
-	o, err := r.api.run(ctx, pod{name: clientPods + "-meanwhile", command: command})
-	if err == nil && o.code == 0 {
+	command := fmt.Sprintf("nc -w 5 %s %d </dev/null", kubernetes.BrokerIP, kafka.PlaintextPort)
+	o, err := r.node.API.Run(ctx, kubernetes.Pod{Name: clientPods + "-meanwhile", Command: command})
+	if err == nil && o.Code == 0 {
 		return fmt.Errorf("a pod that started without klamm was served: %v", o)
 	}
 	return err
@@ -298,7 +301,7 @@ func (r *rig) newPodIsRefused(ctx context.Context) error {
 // awaitBeat waits until the pod beat says, from now on, that it is served ("yes") or not ("no").
 func (r *rig) awaitBeat(ctx context.Context, what string) error {
 	count := func() (int, error) {
-		log, err := r.api.log(ctx, beat)
+		log, err := r.node.API.Log(ctx, beat)
 		return strings.Count(log, what+"\n"), err
 	}
 	before, err := count()
@@ -306,29 +309,30 @@ func (r *rig) awaitBeat(ctx context.Context, what string) error {
 		return err
 	}
 	// One may have been said for what was before.
-	return await(ctx, beat+" to say "+what, func() (bool, error) {
+	return kubernetes.Await(ctx, beat+" to say "+what, func() (bool, error) {
 		n, err := count()
 		return n > before+1, err
 	})
 }
 
 func containerdRestarts(ctx context.Context, r *rig) error {
-	if err := r.stop("containerd", syscall.SIGTERM); err != nil {
+	if err := r.node.Stop("containerd", syscall.SIGTERM); err != nil {
 		return err
 	}
-	if err := r.start("containerd", "node", programs["containerd"]); err != nil {
+	if err := r.node.Start("containerd", "node", kubernetes.Programs["containerd"]); err != nil {
 		return err
 	}
-	err := await(ctx, "a pod to start", func() (bool, error) {
+	err := kubernetes.Await(ctx, "a pod to start", func() (bool, error) {
 		const name = "warm-up"
-		if err := r.api.start(ctx, pod{name: name, command: "exit 0"}); err != nil && !is(err, http.StatusConflict) {
+		err := r.node.API.Start(ctx, kubernetes.Pod{Name: name, Command: "exit 0"})
+		if err != nil && !kubernetes.Is(err, http.StatusConflict) {
 			return false, err
 		}
-		s, err := r.api.state(ctx, name)
+		s, err := r.node.API.State(ctx, name)
 		if err != nil {
 			return false, err
 		}
-		_, ended := s.ended()
+		_, ended := s.Ended()
 		return ended, nil
 	})
 	return errors.Join(err, firstConnectsPass(ctx, r))

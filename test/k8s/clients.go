@@ -6,6 +6,8 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+
+	"klamm/test/kubernetes"
 )
 
 // client is one stock client. {broker}, {topic} and {group} stand for what they say.
@@ -36,12 +38,12 @@ var clients = []client{
 // records is how many each client produces.
 const records = 20
 
-func (c client) run(ctx context.Context, r *rig, what, command, topic string, n int64) (outcome, error) {
+func (c client) run(ctx context.Context, r *rig, what, command, topic string, n int64) (kubernetes.Outcome, error) {
 	command = strings.NewReplacer("{broker}", r.broker(), "{topic}", topic, "{group}", orders+"-"+c.name,
 		"{n}", strconv.FormatInt(n, 10)).Replace(command)
 	lines := fmt.Sprintf("seq %d | sed 's/.*/record & of %s/' | ", records, c.name)
-	return r.api.run(ctx, pod{
-		name: clientPods + "-" + c.name + "-" + what, command: "(" + lines + "timeout 30 " + command + ") 2>&1",
+	return r.node.API.Run(ctx, kubernetes.Pod{
+		Name: clientPods + "-" + c.name + "-" + what, Command: "(" + lines + "timeout 30 " + command + ") 2>&1",
 	})
 }
 
@@ -55,7 +57,7 @@ func (c client) produces(ctx context.Context, r *rig) error {
 		return err
 	}
 	after, err := r.end(ctx, orders)
-	if err == nil && (o.code != 0 || after-before != records) {
+	if err == nil && (o.Code != 0 || after-before != records) {
 		return fmt.Errorf("%d records are at the broker: %v", after-before, o)
 	}
 	return err
@@ -67,7 +69,7 @@ func (c client) consumes(ctx context.Context, r *rig) error {
 		return err
 	}
 	o, err := c.run(ctx, r, "consume", c.consume, orders, n)
-	if err == nil && (o.code != 0 || !strings.Contains(o.log, fmt.Sprintf("record %d of %s\n", records, c.name))) {
+	if err == nil && (o.Code != 0 || !strings.Contains(o.Log, fmt.Sprintf("record %d of %s\n", records, c.name))) {
 		return fmt.Errorf("it has not got all records: %v", o)
 	}
 	return err
@@ -75,7 +77,7 @@ func (c client) consumes(ctx context.Context, r *rig) error {
 
 func (c client) seesOnlyWhatIsPermitted(ctx context.Context, r *rig) error {
 	o, err := c.run(ctx, r, "list", c.list, "", 0)
-	if err == nil && (!strings.Contains(o.log, orders) || strings.Contains(o.log, payouts)) {
+	if err == nil && (!strings.Contains(o.Log, orders) || strings.Contains(o.Log, payouts)) {
 		return fmt.Errorf("it sees other topics than %s: %v", orders, o)
 	}
 	return err
@@ -91,7 +93,7 @@ func (c client) isRefused(ctx context.Context, r *rig) error {
 		return err
 	}
 	after, err := r.end(ctx, payouts)
-	if err == nil && (after != before || !c.denied.MatchString(o.log)) {
+	if err == nil && (after != before || !c.denied.MatchString(o.Log)) {
 		return fmt.Errorf("%d records are at the broker, and it did not say %q: %v", after-before, c.denied, o)
 	}
 	return err

@@ -12,11 +12,12 @@ import (
 	"strings"
 
 	"klamm/test/kafka"
+	"klamm/test/kubernetes"
 )
 
 const (
 	clientPods = "client" // what the names of pods with rights begin with
-	metrics    = nodeIP + ":9464"
+	metrics    = kubernetes.NodeIP + ":9464"
 )
 
 const klammConfig = `node: {name: %s, cgroup: %q}
@@ -51,10 +52,10 @@ func (r *rig) configureKlamm() error {
 	if os.Getenv("MUTATE") == "1" {
 		rules, firewall = policy+mutation, false
 	}
-	text := fmt.Sprintf(klammConfig, nodeName, r.cgroup, kafka.PlaintextPort, firewall, r.broker(), namespace, clientPods,
-		metrics)
+	text := fmt.Sprintf(klammConfig, kubernetes.Name, r.node.Cgroup, kafka.PlaintextPort, firewall, r.broker(),
+		kubernetes.Namespace, clientPods, metrics)
 	for file, text := range map[string]string{"klamm.yaml": text, "policy.yaml": rules} {
-		if err := os.WriteFile(filepath.Join(r.dir, file), []byte(text), 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(r.node.Dir, file), []byte(text), 0o600); err != nil {
 			return err
 		}
 	}
@@ -67,16 +68,16 @@ func (r *rig) startKlamm(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := r.start("klamm", "klamm", binary+" node -c {dir}/klamm.yaml"); err != nil {
+	if err := r.node.Start("klamm", "klamm", binary+" node -c {dir}/klamm.yaml"); err != nil {
 		return fmt.Errorf("%w: run make build", err)
 	}
-	return await(ctx, "klamm to be ready", func() (bool, error) {
+	return kubernetes.Await(ctx, "klamm to be ready", func() (bool, error) {
 		answer, err := http.Get("http://" + metrics + "/readyz")
 		if err != nil {
-			return false, r.alive("klamm")
+			return false, r.node.Alive("klamm")
 		}
 		defer func() { _ = answer.Body.Close() }()
-		return answer.StatusCode == http.StatusOK, r.alive("klamm")
+		return answer.StatusCode == http.StatusOK, r.node.Alive("klamm")
 	})
 }
 
@@ -88,7 +89,7 @@ type status struct {
 
 func (r *rig) status(ctx context.Context) (status, error) {
 	var s status
-	cmd := exec.CommandContext(ctx, "bin/klamm", "status", "-o", "json", "-c", filepath.Join(r.dir, "klamm.yaml"))
+	cmd := exec.CommandContext(ctx, "bin/klamm", "status", "-o", "json", "-c", filepath.Join(r.node.Dir, "klamm.yaml"))
 	out, err := cmd.Output()
 	if err != nil {
 		return s, fmt.Errorf("klamm status: %w\n%s", err, out)
@@ -111,7 +112,7 @@ type auditLine struct {
 
 // audit returns the lines of a pod, by its uid.
 func (r *rig) audit(uid string) ([]auditLine, error) {
-	file, err := os.Open(filepath.Join(r.dir, "audit.jsonl"))
+	file, err := os.Open(filepath.Join(r.node.Dir, "audit.jsonl"))
 	if err != nil {
 		return nil, err
 	}

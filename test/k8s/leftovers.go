@@ -38,7 +38,7 @@ func (r *rig) leftovers(ctx context.Context) (leftovers, error) {
 		return l, fmt.Errorf("list the node's devices: %w", err)
 	}
 	l.devices = strings.Count(string(devices), "\n")
-	err = filepath.WalkDir(r.cgroup, func(_ string, e fs.DirEntry, err error) error {
+	err = filepath.WalkDir(r.node.Cgroup, func(_ string, e fs.DirEntry, err error) error {
 		if err == nil && e.IsDir() {
 			l.cgroups++
 		}
@@ -50,7 +50,7 @@ func (r *rig) leftovers(ctx context.Context) (leftovers, error) {
 	if err != nil {
 		return l, err
 	}
-	fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", r.running["klamm"].cmd.Process.Pid))
+	fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", r.node.PID("klamm")))
 	if err != nil {
 		return l, fmt.Errorf("list klamm's file descriptors: %w", err)
 	}

@@ -16,10 +16,9 @@ import (
 	"os/signal"
 	"syscall"
 	"time"
-)
 
-// sources is where this program's files are, seen from the root of the repository.
-const sources = "test/k8s"
+	"klamm/test/kubernetes"
+)
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -38,18 +37,7 @@ const (
 )
 
 func outside(ctx context.Context) int {
-	if err := sweep(); err != nil {
-		fmt.Fprintln(os.Stderr, "verify-k8s: remove what an earlier run left:", err)
-	}
-	dir, err := os.MkdirTemp("", fmt.Sprintf("%s%d-", rigs, os.Getpid()))
-	if err == nil {
-		if err = makeImages(ctx, dir); err == nil {
-			err = runInside(ctx, dir)
-		}
-	}
-	if err == nil {
-		err = os.RemoveAll(dir)
-	}
+	dir, err := kubernetes.Enter(ctx, images(ctx), os.Stdout, "inside")
 	var exit *exec.ExitError
 	switch {
 	case err == nil:
@@ -104,7 +92,7 @@ func verify(ctx context.Context, r *rig, began time.Time) (failed int, err error
 		}
 	}
 	if failed > 0 {
-		fmt.Println("logs are in", r.dir)
+		fmt.Println("logs are in", r.node.Dir)
 	}
 	fmt.Printf("%d passed, %d failed\n", passed, failed)
 	return failed, nil

@@ -35,6 +35,7 @@ type Pipe struct {
 	src io.Reader
 	in  deadliner       // src, where its reads can be interrupted
 	raw syscall.RawConn // of src, where it is a socket: lets an idle pipe wait without a buffer
+	try tryReader       // src, where it is none but can do the same, as TLS over a socket does
 	dst io.Writer
 
 	budget *Budget
@@ -62,6 +63,7 @@ type Pipe struct {
 func NewPipe(src io.Reader, dst io.Writer, budget *Budget, before, after func() error) *Pipe {
 	p := &Pipe{src: src, dst: dst, budget: budget, before: before, after: after}
 	p.in, _ = src.(deadliner)
+	p.try, _ = src.(tryReader)
 	if sc, ok := src.(syscall.Conn); ok {
 		if raw, err := sc.SyscallConn(); err == nil {
 			p.raw = raw
@@ -105,6 +107,12 @@ func (p *Pipe) Need(n int) ([]byte, error) {
 }
 
 type deadliner interface{ SetReadDeadline(time.Time) error }
+
+// tryReader is a source whose reads need not wait.
+type tryReader interface {
+	TryRead([]byte) (int, error) // unix.EAGAIN: nothing is there
+	Wait() error                 // until there may be something
+}
 
 // inTime is need with a deadline where it holds memory beyond the base buffer.
 func (p *Pipe) inTime(n int) ([]byte, error) {
@@ -211,9 +219,10 @@ func (p *Pipe) Wipe() {
 	}
 }
 
-// Close gives the buffer and its budget back. The pipe must not be used after it.
+// Close overwrites the buffer, and gives it and its budget back. The pipe must not be used after it.
 func (p *Pipe) Close() {
 	p.out, p.r, p.w = nil, 0, 0
+	p.Wipe()
 	p.release()
 }
 
@@ -269,6 +278,9 @@ func (p *Pipe) release() {
 }
 
 func (p *Pipe) fill() error {
+	if p.try != nil {
+		return p.fillPatiently()
+	}
 	if p.raw == nil {
 		if p.buf == nil {
 			p.buf = getBuffer(0)
@@ -299,14 +311,39 @@ func (p *Pipe) tryRead(fd uintptr) bool {
 	}
 	switch {
 	case errors.Is(err, unix.EAGAIN):
-		if p.r == p.w {
-			p.r, p.w = 0, 0
-			p.release()
-		}
+		p.rest()
 		return false
 	case err == nil && n == 0:
 		err = io.EOF
 	}
 	p.n, p.err = max(n, 0), err
 	return true
+}
+
+// rest gives the buffer back as long as the pipe waits for the next frame.
+func (p *Pipe) rest() {
+	if p.r == p.w {
+		p.r, p.w = 0, 0
+		p.release()
+	}
+}
+
+func (p *Pipe) fillPatiently() error {
+	for {
+		if p.buf == nil {
+			p.buf = getBuffer(0)
+		}
+		n, err := p.try.TryRead((*p.buf)[p.w:])
+		p.w += n
+		switch {
+		case n > 0:
+			return nil
+		case !errors.Is(err, unix.EAGAIN):
+			return err
+		}
+		p.rest()
+		if err := p.try.Wait(); err != nil {
+			return err
+		}
+	}
 }

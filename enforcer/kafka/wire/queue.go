@@ -111,6 +111,13 @@ func (q *Queue[T]) Written() error {
 	return q.writeOurs()
 }
 
+// Owes tells whether any answer is owed.
+func (q *Queue[T]) Owes() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.n > 0
+}
+
 // WaitEmpty waits until every answer owed is written.
 func (q *Queue[T]) WaitEmpty() error {
 	q.mu.Lock()

@@ -223,10 +223,10 @@ func collect(v reflect.Value, into map[string]field) []string {
 		f := v.Type().Field(i)
 		name, option, _ := strings.Cut(f.Tag.Get("yaml"), ",")
 		switch {
-		case !f.IsExported() || name == "-":
-			continue
 		case option == "inline":
 			names = append(names, collect(v.Field(i), into)...)
+			continue
+		case !f.IsExported() || name == "-":
 			continue
 		case name == "":
 			name = strings.ToLower(f.Name)
