@@ -38,7 +38,7 @@ func (w *world) load(t *testing.T, broker, upstream string) node.Config {
 }
 
 func TestBrokersAreCheckedForWaysPastTheNode(t *testing.T) {
-	w := newWorld(t)
+	w := newWorld(t, 0)
 	host := strings.TrimSuffix(w.TLSAddrs()[0], ":9096")
 	direct := func(port string) string { return "direct " + host + ":" + port }
 	mtls := w.load(t, w.TLSAddrs()[0], w.tls(", certificate: workload")+"}")
