@@ -103,8 +103,8 @@ func TestEveryKeyIsReadAndPathsAreRelativeToTheFile(t *testing.T) {
 		Attestation: AttestationConfig{Sources: []string{"static", "spire"}, OnLoss: LossDeny, Timeout: 2 * time.Second},
 		SPIRE: &SPIREConfig{API: spiffe.APIDelegated, Socket: "testdata/admin.sock",
 			WorkloadAPI: "/run/spire/agent.sock"},
-		Policies:    []string{"testdata/policy.yaml", "/etc/klamm/more.yaml"},
-		Audit:       AuditConfig{File: "testdata/audit.jsonl"},
+		Policies: []string{"testdata/policy.yaml", "/etc/klamm/more.yaml"},
+		Audit:    AuditConfig{File: "testdata/audit.jsonl"},
 		Limits: LimitsConfig{MaxFrame: 1 << 20, Memory: 64 << 20, Connections: 100,
 			DialTimeout: 1500 * time.Millisecond, Drain: time.Minute},
 	}
