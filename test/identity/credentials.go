@@ -5,6 +5,7 @@ import (
 	"crypto/x509/pkix"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -43,7 +44,10 @@ connections:
 
 // provingWorld is a world whose brokers want to be shown who it is, in one way for each cluster of the node:
 // mtls takes the workload's X509-SVID, jwt its JWT-SVID, held the node's password, and sasl what clients log in with.
-type provingWorld struct{ *attested }
+type provingWorld struct {
+	*attested
+	other *kafka.Cluster
+}
 
 func named(uid int, id, dns string) spire.Entry {
 	e := user(uid, id)
@@ -95,8 +99,8 @@ func (p provingWorld) sections() (sections, error) {
 	}, nil
 }
 
-// held is the second broker, to which the node logs in for workloads.
-func (p provingWorld) held() string { return p.cluster.SASLAddrs()[1] }
+// held is a broker of another cluster, to which the node logs in for workloads.
+func (p provingWorld) held() string { return p.other.SASLAddrs()[0] }
 
 func credentials(ctx context.Context, tell tell) {
 	p, err := newProvingWorld(ctx)
@@ -119,10 +123,9 @@ func credentials(ctx context.Context, tell tell) {
 
 func newProvingWorld(ctx context.Context) (p provingWorld, err error) {
 	p.attested, err = newAttested(ctx, "credentials", kafka.Options{
-		Brokers:    2,
 		TLS:        &kafka.TLS{ClientAuth: "required", Mapping: mapping},
 		OAuth:      &kafka.OAuth{Audience: svidAudience},
-		Users:      map[string]string{heldUser: heldPassword, alice: fmt.Sprintf(secretOf, alice), bob: fmt.Sprintf(secretOf, bob)},
+		Users:      map[string]string{alice: fmt.Sprintf(secretOf, alice), bob: fmt.Sprintf(secretOf, bob)},
 		SuperUsers: []string{"User:klamm"},
 	}, named(ordersUID, ordersID, "orders.shop"), named(billingUID, billingID, "billing.shop"), user(namelessUID, namelessID))
 	if err != nil {
@@ -133,8 +136,12 @@ func newProvingWorld(ctx context.Context) (p provingWorld, err error) {
 			err = errors.Join(err, p.close())
 		}
 	}()
+	p.other, err = p.startKafka(ctx, kafka.Options{Users: map[string]string{heldUser: heldPassword}, SuperUsers: []string{"User:" + heldUser}})
+	if err != nil {
+		return p, err
+	}
 	for principal, topic := range map[string]string{"orders.shop": "orders", "billing.shop": "billing", ordersID: "orders",
-		billingID: "billing", heldUser: "orders", alice: "orders", bob: "orders"} {
+		billingID: "billing", alice: "orders", bob: "orders"} {
 		for _, operation := range []kmsg.ACLOperation{kmsg.ACLOperationRead, kmsg.ACLOperationWrite} {
 			if err = p.cluster.Allow(ctx, "User:"+principal, kmsg.ACLResourceTypeTopic, topic, operation); err != nil {
 				return p, err
@@ -157,45 +164,32 @@ func newProvingWorld(ctx context.Context) (p provingWorld, err error) {
 	})
 }
 
-// writers are the principals that the authorizers have let write to a topic.
-func (p provingWorld) writers(topic string) ([]string, error) {
-	decisions, err := p.cluster.Decisions()
-	var all []string
+// writers are how often the authorizers have let a principal write to a topic, as "PRINCIPAL TOPIC".
+func writers(c *kafka.Cluster) (map[string]int, error) {
+	decisions, err := c.Decisions()
+	found := map[string]int{}
 	for _, d := range decisions {
-		if d.Operation == "WRITE" && d.Resource == "Topic:LITERAL:"+topic && d.Allowed && !slices.Contains(all, d.Principal) {
-			all = append(all, d.Principal)
+		if topic, is := strings.CutPrefix(d.Resource, "Topic:LITERAL:"); is && d.Operation == "WRITE" && d.Allowed {
+			found[d.Principal+" "+topic]++
 		}
 	}
-	slices.Sort(all)
-	return all, err
+	return found, err
 }
 
-// write has both workloads write their topic by an address, and tells which principals brokers have come to see.
+// write has both workloads write their topic by an address, and tells which principals the brokers saw.
 func (p provingWorld) write(broker string) ([]string, error) {
-	before := map[string]int{}
-	decisions, err := p.cluster.Decisions()
+	before, err := writers(p.cluster)
 	if err != nil {
 		return nil, err
 	}
-	n := len(decisions)
 	for uid, topic := range map[uint32]string{ordersUID: "orders", billingUID: "billing"} {
 		if err := p.runClient(uid, client{Broker: broker, Topic: topic}); err != nil {
 			return nil, fmt.Errorf("user %d: %w", uid, err)
 		}
 	}
-	if decisions, err = p.cluster.Decisions(); err != nil {
-		return nil, err
-	}
-	var saw []string
-	for _, d := range decisions[n:] {
-		said := d.Principal + " " + strings.TrimPrefix(d.Resource, "Topic:LITERAL:")
-		if d.Operation == "WRITE" && d.Allowed && before[said] == 0 {
-			before[said]++
-			saw = append(saw, said)
-		}
-	}
-	slices.Sort(saw)
-	return saw, nil
+	after, err := writers(p.cluster)
+	maps.DeleteFunc(after, func(who string, n int) bool { return n == before[who] })
+	return slices.Sorted(maps.Keys(after)), err
 }
 
 func (p provingWorld) seen(broker string, want ...string) (string, error) {
@@ -228,9 +222,9 @@ func (p provingWorld) nodeLogsIn(context.Context) (string, error) {
 	if err := p.runClient(ordersUID, client{Broker: p.held(), Topic: "orders"}); err != nil {
 		return "", err
 	}
-	writers, err := p.writers("orders")
-	if err == nil && !slices.Contains(writers, "User:"+heldUser) {
-		err = fmt.Errorf("the brokers saw %q write", writers)
+	saw, err := writers(p.other)
+	if err == nil && saw["User:"+heldUser+" orders"] == 0 {
+		err = fmt.Errorf("the brokers saw write: %v", saw)
 	}
 	return "", err
 }
