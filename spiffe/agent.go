@@ -30,6 +30,7 @@ type Agent struct {
 
 	mu      sync.Mutex
 	svid    *x509svid.SVID
+	svids   []*x509svid.SVID // all of the node's, svid among them
 	bundles *x509bundle.Set
 	err     error         // since the last answer
 	silent  time.Time     // since then; zero while the stream is open
@@ -97,7 +98,7 @@ func (a *Agent) OnX509ContextUpdate(c *workloadapi.X509Context) {
 	defer a.heard()
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.svid, a.bundles, a.err, a.silent = c.DefaultSVID(), c.Bundles, nil, time.Time{}
+	a.svid, a.svids, a.bundles, a.err, a.silent = c.DefaultSVID(), c.SVIDs, c.Bundles, nil, time.Time{}
 	a.tell()
 }
 
@@ -112,7 +113,7 @@ func (a *Agent) OnX509ContextWatchError(err error) {
 		a.silent = time.Now()
 	}
 	if denied(a.err) {
-		a.svid, a.bundles = nil, nil
+		a.svid, a.svids, a.bundles = nil, nil, nil
 		a.tell()
 	}
 }
