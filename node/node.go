@@ -108,7 +108,8 @@ func openNode(c Config, log zerolog.Logger, manager serviceManager, before inher
 		return nil, err
 	}
 	n.enforcer = enforcer.New(enforcer.Options{Policy: rules, Audit: lines, MaxFrame: int(c.Limits.MaxFrame),
-		Memory: int64(c.Limits.Memory), Metrics: n.registry, Tokens: n.logins(), CloseOnLoss: c.Attestation.OnLoss == LossClose})
+		Memory: int64(c.Limits.Memory), Metrics: n.registry, Tokens: n.logins(),
+		CloseOnLoss: c.Attestation.OnLoss == LossClose})
 	if strings.HasPrefix(c.Node.Pins, BPFFS+"/") {
 		if err := MountBPFFS(BPFFS); err != nil {
 			return nil, err

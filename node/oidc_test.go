@@ -45,7 +45,8 @@ func signed(t *testing.T, key *ecdsa.PrivateKey, issuer string) string {
 		t.Fatal(err)
 	}
 	now := time.Now().Unix()
-	jws, err := signer.Sign(fmt.Appendf(nil, `{"iss":%q,"sub":"orders","aud":"kafka","iat":%d,"exp":%d}`, issuer, now, now+300))
+	jws, err := signer.Sign(fmt.Appendf(nil, `{"iss":%q,"sub":"orders","aud":"kafka","iat":%d,"exp":%d}`,
+		issuer, now, now+300))
 	if err != nil {
 		t.Fatal(err)
 	}

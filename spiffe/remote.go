@@ -20,15 +20,15 @@ const (
 	maxBody = 1 << 20
 )
 
-// Remote is how a server is asked: an issuer, or the API server of Kubernetes. Its files are read anew for each request.
+// Remote is how a server is asked: an issuer, or Kubernetes' API server. Its files are read anew for each request.
 type Remote struct {
 	CA        string // PEM file; empty: the CAs the host trusts
 	Cert, Key string // PEM files of the client's certificate, or both empty
 	Bearer    string // file with the client's token, or empty
 }
 
-// ask sends a request and returns the body of its answer, which must be a success. Errors name the server, never what it
-// said or what it was sent: both may hold secrets, or be anybody's text.
+// ask sends a request and returns the body of its answer, which must be a success. Errors name the server, never what
+// it said or what it was sent: both may hold secrets, or be anybody's text.
 func (r Remote) ask(ctx context.Context, method, url string, body []byte) ([]byte, error) {
 	client, err := r.client()
 	if err != nil {

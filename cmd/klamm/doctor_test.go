@@ -99,7 +99,8 @@ func TestTheDoctorChecksTheConfigurationAndItsClusters(t *testing.T) {
 		"a cluster that answers":     {broker.Addr(), nil, "", ""},
 		"a cluster that is down":     {down, nil, "cluster main", "connection refused"},
 		"a policy that is not there": {broker.Addr(), stage.Config{"policies": "[gone.yaml]"}, "policies", "no such file"},
-		"an issuer that is down": {broker.Addr(), stage.Config{"oidc": "[{issuer: 'http://" + down + "', audiences: [kafka]}]"},
+		"an issuer that is down": {broker.Addr(),
+			stage.Config{"oidc": "[{issuer: 'http://" + down + "', audiences: [kafka]}]"},
 			"issuer http://" + down, "connection refused"},
 		"an API server that is down": {broker.Addr(), stage.Config{"kubernetes": "{review: {server: 'https://" + down +
 			"', token-file: '" + token + "'}}"}, "token reviews", "connection refused"},
