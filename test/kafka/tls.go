@@ -117,11 +117,12 @@ func (c *Cluster) addOAuth(b *broker, p map[string]string) error {
 		"listener.name.sasl.sasl.oauthbearer.jwks.endpoint.url":             o.KeySet,
 	})
 	p["listener.name.sasl.sasl.enabled.mechanisms"] += ",OAUTHBEARER"
-	if o.Issuer != "" {
-		p["listener.name.sasl.sasl.oauthbearer.expected.issuer"] = o.Issuer
-	}
-	if o.Audience != "" {
-		p["listener.name.sasl.sasl.oauthbearer.expected.audience"] = o.Audience
+	for claim, want := range map[string]string{"issuer": o.Issuer, "audience": o.Audience} {
+		if want != "" {
+			p["listener.name.sasl.sasl.oauthbearer.expected."+claim] = want
+		} else { // Kafka 4.4 wants that said
+			p["listener.name.sasl.sasl.oauthbearer.allow.unverified."+claim] = "true"
+		}
 	}
 	return nil
 }

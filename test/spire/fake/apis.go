@@ -96,6 +96,18 @@ func (w *workloadAPI) FetchX509SVID(_ *workload.X509SVIDRequest,
 	})
 }
 
+// FetchJWTSVID is the Workload API's.
+func (w *workloadAPI) FetchJWTSVID(ctx context.Context, req *workload.JWTSVIDRequest) (*workload.JWTSVIDResponse, error) {
+	if err := w.gate(ctx); err != nil {
+		return nil, err
+	}
+	answer := &workload.JWTSVIDResponse{}
+	err := w.tokens(caller(ctx), req.GetAudience(), func(e *entry, token string, _ time.Time) {
+		answer.Svids = append(answer.Svids, &workload.JWTSVID{SpiffeId: e.ID, Svid: token, Hint: e.Hint})
+	})
+	return answer, err
+}
+
 // adminServer is the Delegated Identity API.
 func (a *Agent) adminServer() *grpc.Server {
 	s := grpc.NewServer(grpc.Creds(byPeer{}))
