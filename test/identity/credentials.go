@@ -6,8 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"os"
+	"os/exec"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/twmb/franz-go/pkg/kmsg"
@@ -93,9 +96,11 @@ func (p provingWorld) sections() (sections, error) {
   - name: held
     bootstrap: [%[9]q]
     credentials: %[6]s
-    upstream: {login: {mechanism: SCRAM-SHA-512, username: %[10]s, password-file: %[11]q}, cleartext: true}`,
+    upstream: {login: {mechanism: SCRAM-SHA-512, username: %[10]s, password-file: %[11]q}, cleartext: true}
+  - name: open
+    bootstrap: [%[12]q]`,
 			p.cluster.TLSAddrs()[0], root, p.file("klamm.crt"), p.file("klamm.key"), p.cluster.SASLTLSAddrs()[0], asAdmin,
-			svidAudience, p.cluster.SASLAddrs()[0], p.held(), heldUser, held),
+			svidAudience, p.cluster.SASLAddrs()[0], p.held(), heldUser, held, p.other.Addrs()[0]),
 	}, nil
 }
 
@@ -116,7 +121,7 @@ func credentials(ctx context.Context, tell tell) {
 		{"workloads need no secret where the node holds it", p.nodeLogsIn},
 		{"a direct connect without the node's credentials is refused by the broker", p.directRefused},
 		{"SVID x may log in as user y only", p.agreement},
-		{"doctor broker: SVIDs without DNS names look the same to the broker", p.sharedSubject},
+		{"doctor broker tells SVIDs without DNS names, which look the same to brokers", p.sharedSubject},
 		{"doctor broker proves that a direct connect is refused, and finds where it is not", p.doctorBroker},
 	})
 }
@@ -152,7 +157,7 @@ func newProvingWorld(ctx context.Context) (p provingWorld, err error) {
 	if err != nil {
 		return p, err
 	}
-	p.node, err = p.newNode(ctx, "credentials", []int{kafka.TLSPort, kafka.SASLTLSPort, kafka.SASLPort}, connectionRules, more)
+	p.node, err = p.newNode(ctx, "credentials", []int{kafka.TLSPort, kafka.SASLTLSPort, kafka.SASLPort, kafka.PlaintextPort}, connectionRules, more)
 	if err != nil {
 		return p, err
 	}
@@ -275,7 +280,55 @@ func (p provingWorld) logsIn(uid uint32, c client) (bool, error) {
 	return false, err
 }
 
-func (p provingWorld) sharedSubject(context.Context) (string, error) {
-	return "", errors.New("not yet")
+// doctor runs klamm doctor broker for a cluster on behalf of a workload, and returns its findings: "ok CHECK WHERE" or
+// "FAIL CHECK WHERE".
+func (p provingWorld) doctor(ctx context.Context, cluster string, uid uint32) (findings []string, said string, err error) {
+	w, err := p.startWorkload(uid)
+	if err != nil {
+		return nil, "", err
+	}
+	cmd := exec.CommandContext(ctx, p.node.binary, "doctor", "broker", "-c", p.node.file("klamm.yaml"), "--cluster", cluster,
+		"--pid", strconv.Itoa(w.pid()))
+	out, err := cmd.CombinedOutput()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && exit.ExitCode() == 1 {
+		err = nil
+	}
+	for line := range strings.Lines(string(out)) {
+		if f := strings.Fields(line); len(f) > 3 && (f[0] == "ok" || f[0] == "FAIL") {
+			findings = append(findings, strings.Join(f[:3], " "))
+		}
+	}
+	return findings, string(out), errors.Join(err, w.end())
 }
-func (p provingWorld) doctorBroker(context.Context) (string, error) { return "", errors.New("not yet") }
+
+// finds fails unless the doctor has all of these findings.
+func (p provingWorld) finds(ctx context.Context, cluster string, uid uint32, want ...string) error {
+	findings, said, err := p.doctor(ctx, cluster, uid)
+	for _, w := range want {
+		if err == nil && !slices.Contains(findings, w) {
+			err = fmt.Errorf("cluster %s on behalf of user %d: no finding %q in\n%s", cluster, uid, w, said)
+		}
+	}
+	return err
+}
+
+// sharedSubject: without a DNS name in its entry a workload's certificate has the subject of all others of that kind.
+func (p provingWorld) sharedSubject(ctx context.Context) (string, error) {
+	return "", errors.Join(p.finds(ctx, "mtls", ordersUID, "ok principal at"), p.finds(ctx, "mtls", namelessUID, "FAIL principal at"))
+}
+
+// doctorBroker: the plaintext listener, which all brokers here have, serves anybody.
+func (p provingWorld) doctorBroker(ctx context.Context) (string, error) {
+	host, _, err := net.SplitHostPort(p.cluster.Addrs()[0])
+	if err != nil {
+		return "", err
+	}
+	return "", errors.Join(
+		p.finds(ctx, "mtls", ordersUID, fmt.Sprintf("ok direct %s:%d", host, kafka.TLSPort),
+			fmt.Sprintf("ok direct %s:%d", host, kafka.SASLTLSPort), fmt.Sprintf("FAIL direct %s:%d", host, kafka.PlaintextPort),
+			fmt.Sprintf("ok upstream %s:%d", host, kafka.TLSPort)),
+		p.finds(ctx, "jwt", ordersUID, fmt.Sprintf("ok upstream %s:%d", host, kafka.SASLTLSPort)),
+		p.finds(ctx, "held", ordersUID, "ok direct "+p.held(), "ok upstream "+p.held()),
+		p.finds(ctx, "open", ordersUID, "FAIL direct "+p.other.Addrs()[0]))
+}

@@ -104,7 +104,7 @@ func newRotation(ctx context.Context) (p provingWorld, err error) {
 	if err != nil {
 		return p, err
 	}
-	// The cluster held has the same broker as sasl here.
+	// The clusters held and open have the same broker as sasl here.
 	more["clusters"], _, _ = strings.Cut(more["clusters"], "\n  - name: held")
 	more["oidc"] = fmt.Sprintf("[{trust-domain: example.test, audiences: [%s]}]", svidAudience)
 	p.node, err = p.newNode(ctx, "rotation", []int{kafka.TLSPort, kafka.SASLTLSPort, kafka.SASLPort}, identified, more)
@@ -211,7 +211,7 @@ func (l *load) run() (*saw, error) {
 		return nil, err
 	}
 	count := &counter{}
-	opts = append(opts, kgo.WithHooks(count), kgo.RecordRetries(0), kgo.RequestRetries(0), kgo.ProducerLinger(0),
+	opts = append(opts, kgo.WithHooks(count), kgo.RecordRetries(0), kgo.RequestRetries(0), kgo.ProducerLinger(0), kgo.ConnIdleTimeout(time.Hour),
 		kgo.RecordPartitioner(kgo.ManualPartitioner()), kgo.ConsumePartitions(map[string]map[int32]kgo.Offset{
 			l.Topic: {l.Partition: kgo.NewOffset().AtStart()}}))
 	if l.WorkloadAPI != "" {
