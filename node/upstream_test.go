@@ -124,14 +124,22 @@ func (w *world) file(t *testing.T, name string, data []byte) string {
 	return path
 }
 
-// node is one that reaches brokers as the section upstream says.
-func (w *world) node(t *testing.T, broker, upstream string) *stage.Node {
-	t.Helper()
-	return stage.Start(t, broker, stage.OrdersOnly, stage.Config{
+// config are the sections by which a node reaches brokers as the section upstream says.
+func (w *world) config(broker, upstream string) stage.Config {
+	return stage.Config{
 		"clusters": fmt.Sprintf("[{name: main, bootstrap: [%q], upstream: %s}]", broker, upstream),
 		"spire": fmt.Sprintf("{api: delegated, socket: %q, workload-api: %q}",
-			w.agent.Socket("delegated"), w.agent.WorkloadAPI())})
+			w.agent.Socket("delegated"), w.agent.WorkloadAPI())}
 }
+
+// node runs one.
+func (w *world) node(t *testing.T, broker, upstream string) *stage.Node {
+	t.Helper()
+	return stage.Start(t, broker, stage.OrdersOnly, w.config(broker, upstream))
+}
+
+// place is anywhere, as a user.
+func place(uid uint32) kafka.Place { return kafka.Place{UID: uid, GID: uid} }
 
 // tls is the beginning of the section upstream with the brokers' CA.
 func (w *world) tls(more string) string {
