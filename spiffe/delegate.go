@@ -86,7 +86,7 @@ type retries struct {
 func (r *retries) Next() time.Duration {
 	d := min(minRetry<<min(r.n, 16), r.max)
 	r.n++
-	return d - rand.N(d/2)
+	return d - rand.N(d/2) //nolint:gosec // jitter needs no secrecy
 }
 
 func (r *retries) Reset() { r.n = 0 }
@@ -173,7 +173,8 @@ func agentError(api, socket string, err error) error {
 		code = codes.DeadlineExceeded
 	}
 	for _, r := range remedies {
-		if (r.api == "" || r.api == api) && (r.code == codes.OK || r.code == code) && strings.Contains(err.Error(), r.text) {
+		if (r.api == "" || r.api == api) && (r.code == codes.OK || r.code == code) &&
+			strings.Contains(err.Error(), r.text) {
 			e.Remedy = r.remedy
 			break
 		}

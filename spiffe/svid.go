@@ -113,7 +113,9 @@ type tokens struct {
 	bounded[tokenKey, jwtToken]
 }
 
-func newTokens() tokens { return tokens{make(chan struct{}, 1), newBounded[tokenKey, jwtToken](maxTokens)} }
+func newTokens() tokens {
+	return tokens{make(chan struct{}, 1), newBounded[tokenKey, jwtToken](maxTokens)}
+}
 
 func (t tokens) get(ctx context.Context, key tokenKey, fetch func() (jwtToken, error)) (jwtToken, error) {
 	select {

@@ -84,7 +84,8 @@ func New(opts Options) (*Agent, error) {
 		federated: map[string]*x509.Certificate{}, delegates: []string{spire.Node}, changed: make(chan struct{}),
 		paused: make(chan struct{})}
 	close(a.paused)
-	if _, err := a.Register(context.Background(), spire.Entry{ID: spire.Node, Selectors: []string{"unix:uid:0"}}); err != nil {
+	node := spire.Entry{ID: spire.Node, Selectors: []string{"unix:uid:0"}}
+	if _, err := a.Register(context.Background(), node); err != nil {
 		return nil, err
 	}
 	return a, a.StartAgent(context.Background())
@@ -117,9 +118,9 @@ func (a *Agent) StartAgent(context.Context) error {
 		}
 		l.SetUnlinkOnClose(false)
 		if path == a.WorkloadAPI() {
-			err = os.Chmod(path, 0o777) //nolint:gosec // any process may ask who it is
+			err = os.Chmod(path, 0o777)
 		} else {
-			err = os.Chmod(path, 0o770) //nolint:gosec // as SPIRE does
+			err = os.Chmod(path, 0o770)
 		}
 		if err != nil {
 			return err
@@ -312,7 +313,8 @@ func (a *Agent) token(e *entry, audience []string) (string, time.Time, error) {
 	if e.JWTTTL != 0 {
 		ttl = e.JWTTTL
 	}
-	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: a.key, KeyID: "1"}}, nil)
+	key := jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: a.key, KeyID: "1"}}
+	signer, err := jose.NewSigner(key, nil)
 	if err != nil {
 		return "", time.Time{}, err
 	}
@@ -325,7 +327,7 @@ func (a *Agent) token(e *entry, audience []string) (string, time.Time, error) {
 // follow sends what a user has, at once and at every change, until it fails or the stream ends.
 func (a *Agent) follow(ctx context.Context, uid uint32, send func([]*entry) error) error {
 	for {
-		if err := a.gate(ctx); err != nil {
+		if a.gate(ctx) != nil {
 			return nil // as SPIRE does
 		}
 		a.mu.Lock()
