@@ -175,7 +175,7 @@ func (a *Agent) Resume() error {
 	return nil
 }
 
-// gate holds an answer for as long as the agent is mute.
+// gate holds an answer for as long as the agent is mute. Its error is that of ctx.
 func (a *Agent) gate(ctx context.Context) error {
 	a.mu.Lock()
 	paused := a.paused
@@ -319,17 +319,14 @@ func (a *Agent) token(e *entry, audience []string) (string, time.Time, error) {
 		return "", time.Time{}, err
 	}
 	now := time.Now()
-	token, err := jwt.Signed(signer).Claims(jwt.Claims{Subject: e.ID, Audience: audience, IssuedAt: jwt.NewNumericDate(now),
-		Expiry: jwt.NewNumericDate(now.Add(ttl))}).Serialize()
+	token, err := jwt.Signed(signer).Claims(jwt.Claims{Subject: e.ID, Audience: audience,
+		IssuedAt: jwt.NewNumericDate(now), Expiry: jwt.NewNumericDate(now.Add(ttl))}).Serialize()
 	return token, now.Add(ttl), err
 }
 
 // follow sends what a user has, at once and at every change, until it fails or the stream ends.
 func (a *Agent) follow(ctx context.Context, uid uint32, send func([]*entry) error) error {
-	for {
-		if a.gate(ctx) != nil {
-			return nil // as SPIRE does
-		}
+	for a.gate(ctx) == nil {
 		a.mu.Lock()
 		found, renew, err := a.matching(uid)
 		copies := make([]*entry, len(found))
@@ -350,11 +347,10 @@ func (a *Agent) follow(ctx context.Context, uid uint32, send func([]*entry) erro
 		case <-changed:
 		case <-timer.C:
 		case <-ctx.Done():
-			timer.Stop()
-			return nil
 		}
 		timer.Stop()
 	}
+	return nil // SPIRE ends streams so
 }
 
 // bundles are the federated ones of entries, by trust domain.
