@@ -405,7 +405,7 @@ func TestEvidenceEndsWhenItCannotBeLookedAtForTooLong(t *testing.T) {
 		}{
 			{false, time.Minute, 1, true},
 			{true, 11 * time.Second, 0, true},
-			{true, 8 * time.Second, 1, false},
+			{true, 4 * time.Second, 1, false},
 			{false, 4 * time.Second, 1, true},
 		} {
 			away.Store(step.away)
