@@ -33,23 +33,24 @@ import (
 
 // Node is one running agent.
 type Node struct {
-	config   Config
-	log      zerolog.Logger
-	redirect *Redirect
-	clusters Clusters
-	nri      *nri // nil where no container runtime is asked
-	attest   *spiffe.Attestor
-	spire    *spiffe.SPIRE // nil where no SPIRE agent is asked
-	issuers  *issuers
-	started  time.Time
-	manager  serviceManager
-	taken    func() error  // tells the node before this one that it may end
-	replaced func()        // ends Run: the next node has taken over
-	handing  atomic.Bool   // to the next node, at this moment
-	more     chan struct{} // more has become broker-bound
-	enforcer *enforcer.Enforcer
-	registry *prometheus.Registry
-	closers  []io.Closer // in the order they were opened
+	config    Config
+	log       zerolog.Logger
+	redirect  *Redirect
+	clusters  Clusters
+	nri       *nri // nil where no container runtime is asked
+	attest    *spiffe.Attestor
+	attesting *prometheus.HistogramVec
+	spire     *spiffe.SPIRE // nil where no SPIRE agent is asked
+	issuers   *issuers
+	started   time.Time
+	manager   serviceManager
+	taken     func() error  // tells the node before this one that it may end
+	replaced  func()        // ends Run: the next node has taken over
+	handing   atomic.Bool   // to the next node, at this moment
+	more      chan struct{} // more has become broker-bound
+	enforcer  *enforcer.Enforcer
+	registry  *prometheus.Registry
+	closers   []io.Closer // in the order they were opened
 
 	mu       sync.Mutex // guards what is intercepted
 	ports    []uint16
@@ -398,24 +399,43 @@ func (n *Node) serve(ctx context.Context, conn net.Conn, r bpf.Record) {
 		refuse(audit.BrokerUnreachable, err)
 		return
 	}
-	opened, err := destination.Open(dialled, broker, workload)
+	tcp, _ := conn.(*net.TCPConn) // as is all that is accepted
+	o, err := destination.clients.listen(ctx, tcp)
+	switch {
+	case err != nil:
+		_ = broker.Close()
+		refuse(audit.TLSHandshake, err)
+	case o == nil:
+		n.enforce(ctx, destination, broker, enforcer.Conn{Client: client, Downstream: conn, Workload: workload}, workload)
+	case destination.clients.mode == TLSPassthrough:
+		n.pass(ctx, client, tcp, broker, workload, destination, o)
+	default:
+		n.terminate(ctx, client, tcp, broker, workload, destination, o)
+	}
+}
+
+// enforce opens the way to the broker that was dialled, and enforces policy on c until it ends. It closes all.
+func (n *Node) enforce(ctx context.Context, d Destination, broker net.Conn, c enforcer.Conn, workload *spiffe.Attested) {
+	bounded, cancel := context.WithTimeout(ctx, n.config.Limits.DialTimeout)
+	opened, err := d.Open(bounded, broker, workload)
+	cancel()
 	if err != nil {
-		refuse(upstreamReason(err), err)
+		reset(c.Downstream)
+		n.refuse(c.Client, upstreamReason(err), err)
 		return
 	}
-	enforced := enforcer.Conn{Client: client, Downstream: conn, Upstream: opened.Conn, Workload: workload,
-		Kafka: destination, AutoCreate: destination.AutoCreate()}
+	c.Upstream, c.Kafka, c.AutoCreate = opened.Conn, d, d.AutoCreate()
 	if opened.Login != nil {
-		enforced.Login = opened.Login
+		c.Login = opened.Login
 	}
 	ctx, stop := whileCurrent(ctx, opened, workload)
 	defer stop()
-	err = n.enforcer.Serve(ctx, enforced)
+	err = n.enforcer.Serve(ctx, c)
 	if cause := context.Cause(ctx); errors.Is(cause, upstream.ErrNoSVID) {
-		n.refuse(client, audit.NoSVID, cause)
+		n.refuse(c.Client, audit.NoSVID, cause)
 	}
 	if err != nil {
-		n.log.Debug().Err(err).Str("conn", client.ID).Msg("connection ended")
+		n.log.Debug().Err(err).Str("conn", c.ID).Msg("connection ended")
 	}
 }
 
@@ -436,9 +456,19 @@ func (n *Node) identify(ctx context.Context, r bpf.Record) (*spiffe.Attested, er
 		case <-ctx.Done():
 		}
 	}
-	return n.attest.Attest(ctx, spiffe.Peer{TGID: r.TGID, UID: r.UID, GID: r.GID, StartBoottime: r.StartBoottime,
-		ExecID: r.ExecID, PidInode: r.PidInode, ExeInode: r.ExeInode, ExeDev: r.ExeDev, CgroupID: r.CgroupID,
-		Comm: r.Comm.String(), Socket: r.ClientCookie})
+	begin := time.Now()
+	workload, err := n.attest.Attest(ctx, peerOf(r))
+	if err == nil {
+		n.attesting.WithLabelValues(strconv.FormatBool(workload.Cached())).Observe(time.Since(begin).Seconds())
+	}
+	return workload, err
+}
+
+// peerOf is who made the connect.
+func peerOf(r bpf.Record) spiffe.Peer {
+	return spiffe.Peer{TGID: r.TGID, UID: r.UID, GID: r.GID, StartBoottime: r.StartBoottime, ExecID: r.ExecID,
+		PidInode: r.PidInode, ExeInode: r.ExeInode, ExeDev: r.ExeDev, CgroupID: r.CgroupID, Comm: r.Comm.String(),
+		Socket: r.ClientCookie}
 }
 
 // reset closes with RST: connect(2) has succeeded already, and this is how a refusal after it looks to every client.

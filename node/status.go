@@ -22,8 +22,8 @@ type Status struct {
 	NRI         *NRIStatus        `json:"nri,omitempty"`   // where intercept.nri is given
 	SPIRE       *SPIREStatus      `json:"spire,omitempty"` // where spire is given
 	Issuers     []IssuerStatus    `json:"issuers"`
-	Connections int               `json:"connections"`           // open now
 	Attestation *spiffe.State     `json:"attestation,omitempty"` // of a node that runs
+	Connections int               `json:"connections"`           // open now
 	Counters    map[string]uint64 `json:"counters"`              // see bpf.Programs.Counters
 }
 

@@ -166,6 +166,9 @@ func (ps *Processes) check(peer Peer) (taskKey, error) {
 	if err != nil {
 		return taskKey{}, peer.lost(err)
 	}
+	if now.ExeInode == 0 && peer.ExeInode != 0 { // it has exited, and its parent has not asked yet
+		return taskKey{}, peer.lost(unix.ESRCH)
+	}
 	return taskKey{peer.TGID, now}, peer.compare(now)
 }
 

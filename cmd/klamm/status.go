@@ -93,9 +93,6 @@ func printStatus(out io.Writer, s node.Status) error {
 		line("SPIRE agent", "%s", cmp.Or(a.Error, fmt.Sprintf("tells of %d processes, %d have an SVID", a.Followed, a.Identified)))
 		line("node's identity", "%s", cmp.Or(a.OwnError, fmt.Sprintf("%s until %s", a.ID, a.Expires.Format(time.RFC3339))))
 	}
-	for _, i := range s.Issuers {
-		line("issuer", "%s: %s", i.Issuer, cmp.Or(i.Error, fmt.Sprintf("%d keys", i.Keys)))
-	}
 	if a := s.Attestation; a != nil {
 		line("identity", "%s", attestation(a))
 		for _, source := range slices.Sorted(maps.Keys(a.Why)) {
@@ -104,6 +101,9 @@ func printStatus(out io.Writer, s node.Status) error {
 	}
 	if why := cmp.Or(k.Unnoticed, unseen(s)); why != "" {
 		line("", "WHAT PROCESSES BECOME IS NOTICED LATE: %s", why)
+	}
+	for _, i := range s.Issuers {
+		line("issuer", "%s: %s", i.Issuer, cmp.Or(i.Error, fmt.Sprintf("%d keys", i.Keys)))
 	}
 	for _, e := range s.Exempt {
 		line("exempt", "%s, %d connects", cmp.Or(e.Unit, e.Cgroup, fmt.Sprintf("cgroup %d", e.ID)), e.Connects)

@@ -99,18 +99,19 @@ func (s *session) lose(b *binding) {
 // no line: those that follow show it.
 func (s *session) tell(was, b *binding) {
 	if was == nil {
-		if b.lost == nil {
-			return // the line of the opened connection has it
-		}
-		was = &binding{identity: b.identity}
+		was = &binding{identity: &s.conn.Subject.Identity} // as the line of the opened connection has it
 	}
 	s.changes.Become(b.audit)
 	switch {
 	case b.lost != nil && was.lost == nil:
 		s.changes.Line("identity", audit.Deny).Str("change", string(b.lost.Reason)).Str("from", named(was.identity)).
 			Str("to", named(b.identity)).Str("why", b.lost.Error()).Str("hint", audit.Reasons[b.lost.Reason]).Send()
-	case !sameEvidence(was.identity, b.identity), b.lost == nil && was.lost != nil && was.login == b.login:
-		s.changes.Line("identity", audit.Allow).Str("change", "identity").Str("from", named(was.identity)).
+	case !sameEvidence(was.identity, b.identity):
+		verdict := audit.Allow
+		if b.lost != nil {
+			verdict = audit.Deny
+		}
+		s.changes.Line("identity", verdict).Str("change", "identity").Str("from", named(was.identity)).
 			Str("to", named(b.identity)).Str("source", b.identity.Source).Send()
 	case b.login != nil && (was.login == nil || was.login.Principal != b.login.Principal):
 		s.changes.Line("identity", verdictOf(b.login.decision)).Str("change", "login").Str("from", was.subject.Principal).

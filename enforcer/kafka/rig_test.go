@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/twmb/franz-go/pkg/kfake"
 	"github.com/twmb/franz-go/pkg/kmsg"
@@ -65,6 +66,8 @@ type rig struct {
 	audit   *audit.Log
 	who     *workload // behind the connections
 	login   Login     // of the node; nil: none
+	// asWorkload: the broker knows the connection by the workload's certificate.
+	asWorkload bool
 }
 
 func newRig(t testing.TB, rules string) *rig {
@@ -90,8 +93,8 @@ func newRig(t testing.TB, rules string) *rig {
 }
 
 func (r *rig) conn(client, broker net.Conn) Conn {
-	return Conn{Client: client, Broker: broker, Cluster: r.cluster, Workload: r.who, Login: r.login,
-		Policy: policy.Subject{Cluster: "main"}, Audit: r.audit, Subject: audit.Subject{Connection: "1", Cluster: "main"}}
+	return Conn{Client: client, Broker: broker, Cluster: r.cluster, Workload: r.who, Login: r.login, AsWorkload: r.asWorkload,
+		Policy: policy.Subject{Cluster: "main"}, Audit: r.audit, Subject: audit.Subject{Connection: "1", Cluster: "main", Identity: *r.who.Identity()}}
 }
 
 // workload is a process whose identity the test changes.
@@ -147,8 +150,8 @@ func (r *rig) serve(t testing.TB, addr string) (*peer, <-chan error) {
 	t.Helper()
 	broker := dialTCP(t, addr)
 	client, served := loopback(t)
-	ended := make(chan error, 1)
-	go func() { ended <- Serve(context.Background(), r.shared, r.conn(served, broker)) }()
+	conn, ended := r.conn(served, broker), make(chan error, 1)
+	go func() { ended <- Serve(context.Background(), r.shared, conn) }()
 	return newPeer(t, client), ended
 }
 
@@ -386,6 +389,12 @@ func (r *rig) wantRefusal(t testing.TB, ended <-chan error, reason audit.Reason)
 	if len(lines) != 1 || lines[0].Reason != string(reason) || lines[0].Verdict != "deny" {
 		t.Errorf("the audit has the refusals %+v, not one as %q", lines, reason)
 	}
+}
+
+// refused is how often a reason was counted.
+func (r *rig) refused(t testing.TB, reason audit.Reason) float64 {
+	t.Helper()
+	return testutil.ToFloat64(r.shared.Metrics.refused[reason])
 }
 
 // patience bounds every wait, so that a failure ends in a message.
