@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"time"
 )
 
@@ -89,6 +90,8 @@ func (f *following) lookAgain(ctx context.Context, tell func(*Evidence, error)) 
 		return err
 	case errors.As(err, unknown) && f.left() > 0:
 		f.doubt = err
+	case errors.Is(err, fs.ErrNotExist): // most workloads have none
+		f.take("", nil, nil, tell)
 	default:
 		f.proven = looked
 		f.take(token, e, err, tell)

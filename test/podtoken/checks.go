@@ -117,7 +117,7 @@ func (r *rig) open(ctx context.Context) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		r.attestors[way] = spiffe.NewAttestor(r.processes, source)
+		r.attestors[way] = spiffe.NewAttestor(r.processes, source) // it ends with this program
 	}
 	return "", errors.Join(r.reviews.Probe(ctx, audience), keys.Refresh(ctx))
 }

@@ -306,13 +306,16 @@ func (a *Agent) issue(e spire.Entry) (svid, error) {
 	return svid{chain: leaf.Certificate[0], key: key, renew: now.Add(ttl / 2), end: leaf.Leaf.NotAfter}, err
 }
 
+// tokenKey is the id of the key that signs JWT-SVIDs.
+const tokenKey = "1"
+
 // token is a JWT-SVID of an entry.
 func (a *Agent) token(e *entry, audience []string) (string, time.Time, error) {
 	ttl := 5 * time.Minute
 	if e.JWTTTL != 0 {
 		ttl = e.JWTTTL
 	}
-	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: a.key, KeyID: "1"}}, nil)
+	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: a.key, KeyID: tokenKey}}, nil)
 	if err != nil {
 		return "", time.Time{}, err
 	}
