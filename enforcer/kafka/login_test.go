@@ -102,9 +102,11 @@ const (
 
 func bearerMessage(token string) string { return "n,,\x01auth=Bearer " + token + "\x01\x01" }
 
-// byLogin are rules for who is logged in.
+// byLogin are rules for who is logged in, and how.
 const byLogin = `apiVersion: klamm/v1
 rules:
+  - {name: by mechanism, principals: ["spiffe://example.test/*"], when: sasl.mechanism == "GSSAPI",
+     allow: [{topic: "orders*", operations: [Write]}]}
   - {name: by name, principals: ["User:al,i=ce", "User:alice"], allow: [{topic: "orders*", operations: [Write]}]}
 `
 
@@ -130,8 +132,8 @@ func TestALoginCountsAfterTheBrokersLastSuccess(t *testing.T) {
 				t.Errorf("before the login: %v", err)
 			}
 			logIn(t, client, broker, mechanism, c.all...)
-			named := c.principal != ""
-			if err := wroteAs(t, client, broker, named); named != (err == nil) {
+			allowed := c.principal != "" || mechanism == "GSSAPI"
+			if err := wroteAs(t, client, broker, allowed); allowed != (err == nil) {
 				t.Errorf("after the login: %v", err)
 			}
 			client.closeWrite()
@@ -459,8 +461,8 @@ func TestALoginMayBeRenewedAtAnyTime(t *testing.T) {
 	rig := newRig(t, byLogin)
 	rig.shared.CloseOnLoss = true
 	client, broker, ended := rig.serveScripted(t)
-	logIn(t, client, broker, "PLAIN", said{msg: "\x00alice\x00wonder", life: 400 * time.Millisecond})
-	until := time.Now().Add(time.Second)
+	logIn(t, client, broker, "PLAIN", said{msg: "\x00alice\x00wonder", life: time.Second})
+	until := time.Now().Add(2500 * time.Millisecond)
 	for i := 0; time.Now().Before(until); i++ {
 		produce := produceRequest(9, -1, []byte("record"), "orders")
 		client.write(append(requestFrame(8, produce), requestFrame(1, handshakeRequest("PLAIN"))...)) // without waiting
@@ -470,7 +472,7 @@ func TestALoginMayBeRenewedAtAnyTime(t *testing.T) {
 			wire.AppendResponse(nil, greeting.Correlation, handshakeRequest("PLAIN").ResponseKind())...))
 		client.response(8, produce)
 		client.response(1, handshakeRequest("PLAIN"))
-		exchange(t, client, broker, said{msg: "\x00alice\x00wonder", life: 400 * time.Millisecond})
+		exchange(t, client, broker, said{msg: "\x00alice\x00wonder", life: time.Second})
 	}
 	client.closeWrite()
 	broker.closeWrite()
@@ -518,7 +520,7 @@ func shortSessions(soon time.Duration) map[string]struct {
 
 // As a broker does: whoever uses the connection after its session is cut off without an answer.
 func TestAnExpiredSessionEndsWithTheNextFrame(t *testing.T) {
-	const soon = 50 * time.Millisecond
+	const soon = 300 * time.Millisecond
 	for name := range shortSessions(soon) {
 		t.Run(name, func(t *testing.T) {
 			c := shortSessions(soon)[name]
@@ -537,7 +539,7 @@ func TestAnExpiredSessionEndsWithTheNextFrame(t *testing.T) {
 }
 
 func TestAnExpiredSessionMayStillBeRenewed(t *testing.T) {
-	const soon = 50 * time.Millisecond
+	const soon = 300 * time.Millisecond
 	for name := range shortSessions(soon) {
 		t.Run(name, func(t *testing.T) {
 			c := shortSessions(soon)[name]
@@ -559,7 +561,7 @@ func TestAnExpiredSessionMayStillBeRenewed(t *testing.T) {
 }
 
 func TestAnIdleConnectionEndsWithinASecondAfterItsSession(t *testing.T) {
-	const soon = 50 * time.Millisecond
+	const soon = 300 * time.Millisecond
 	for name := range shortSessions(soon) {
 		t.Run(name, func(t *testing.T) {
 			c := shortSessions(soon)[name]
@@ -581,11 +583,11 @@ func TestAnIdleConnectionEndsWithinASecondAfterItsSession(t *testing.T) {
 
 // What was asked in time: a broker whose session has ended still answers, and with a token its rights end.
 func TestWhatIsOwedWhenASessionEnds(t *testing.T) {
-	const soon = 50 * time.Millisecond
+	const soon = 300 * time.Millisecond
 	for name := range shortSessions(soon) {
 		t.Run(name, func(t *testing.T) {
 			c := shortSessions(soon)[name]
-			rig := newRig(t, strings.Replace(byLogin, "[Write]", "[Read, Write]", 1))
+			rig := newRig(t, strings.ReplaceAll(byLogin, "[Write]", "[Read, Write]"))
 			rig.shared.Tokens = c.tokens
 			rig.shared.CloseOnLoss = c.tokens == nil
 			client, broker, ended := rig.serveScripted(t)
@@ -593,7 +595,7 @@ func TestWhatIsOwedWhenASessionEnds(t *testing.T) {
 			req := fetchRequest(12, 0, -1, "orders")
 			client.write(requestFrame(3, req))
 			h, _ := broker.request()
-			<-time.After(2 * soon)
+			<-time.After(soon + soon/3)
 			broker.answer(h, fetchAnswer(12, "orders", batch([]byte("record"))))
 			resp := client.response(3, req).(*kmsg.FetchResponse)
 			if got := len(resp.Topics[0].Partitions[0].RecordBatches) > 0; got != (c.tokens == nil) {
