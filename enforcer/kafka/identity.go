@@ -1,6 +1,7 @@
 package kafka
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -67,6 +68,9 @@ func (s *session) bind(now time.Time) *binding {
 	}
 	if b.lost == nil && !b.until.IsZero() && !now.Before(b.until) {
 		b.lost = &Error{audit.SessionExpired, fmt.Errorf("the token of %s ended at %s", b.subject.Principal, utc(b.until))}
+	}
+	if b.lost == nil && b.login != nil && !b.policy.Login(b.subject, b.login.Principal).Allowed {
+		b.lost = &Error{audit.LoginRefused, errors.New("the policy does not let the workload be logged in as it is any more")}
 	}
 	if b.lost == nil {
 		b.view = b.policy.For(b.subject)

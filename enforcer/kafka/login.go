@@ -215,7 +215,9 @@ func (s *session) judge(claim *sasl.Claim, b *binding) error {
 			return &refusal{text, errors.New(text)}
 		}
 	}
-	l.decision = b.policy.Login(b.subject, l.Principal)
+	asking := b.subject
+	asking.Facts = &policy.Facts{Identity: b.identity, SASL: l.SASL}
+	l.decision = b.policy.Login(asking, l.Principal)
 	if !l.decision.Allowed {
 		as := l.Principal
 		if as == "" {

@@ -439,6 +439,48 @@ func TestTheBrokerDoesNotHearOfALoginThatThePolicyRefuses(t *testing.T) {
 	logEnd(t, ended)
 }
 
+func TestAConditionSeesTheLoginThatIsAskedFor(t *testing.T) {
+	const logins = `connections:
+  - {name: by token, when: sasl.mechanism == "OAUTHBEARER" && sasl.claims.azp == "orders", sasl: ["User:*"]}
+`
+	trusted := tokens{"alices": {Subject: "alice", Claims: map[string]any{"azp": "orders"}},
+		"others": {Subject: "alice", Claims: map[string]any{"azp": "others"}}}
+	for mechanism, msg := range map[string]string{"PLAIN": "\x00alice\x00wonder", "OAUTHBEARER": bearerMessage("others")} {
+		rig := newRig(t, byLogin+logins)
+		rig.shared.Tokens = trusted
+		client, broker, ended := rig.serveScripted(t)
+		greet(t, client, broker, mechanism)
+		wantLoginRefused(t, rig, client, broker, ended, msg,
+			"Authentication failed: the policy does not let this workload log in as User:alice")
+	}
+	rig := newRig(t, byLogin+logins)
+	rig.shared.Tokens = trusted
+	client, broker, ended := rig.serveScripted(t)
+	logIn(t, client, broker, "OAUTHBEARER", said{msg: bearerMessage("alices")})
+	if err := wroteAs(t, client, broker, true); err != nil {
+		t.Errorf("who may log in: %v", err)
+	}
+	client.closeWrite()
+	broker.closeWrite()
+	logEnd(t, ended)
+}
+
+func TestALoginThatThePolicyDoesNotAllowAnyMoreHasNoRights(t *testing.T) {
+	rig := newRig(t, byLogin)
+	client, broker, ended := rig.serveScripted(t)
+	logIn(t, client, broker, "PLAIN", said{msg: "\x00alice\x00wonder"})
+	if err := wroteAs(t, client, broker, true); err != nil {
+		t.Errorf("before: %v", err)
+	}
+	rig.shared.Policy.Store(parsePolicy(t, byLogin+"connections: [{name: c, principals: ['*'], sasl: ['User:bob']}]"))
+	if err := wroteAs(t, client, broker, false); !errors.Is(err, kerr.TopicAuthorizationFailed) {
+		t.Errorf("after: %v", err)
+	}
+	client.closeWrite()
+	broker.closeWrite()
+	logEnd(t, ended)
+}
+
 func TestARenewedLoginIsOfTheSamePrincipal(t *testing.T) {
 	for name, c := range map[string]struct{ mechanism, msg, public string }{
 		"another principal": {"PLAIN", "\x00bob\x00builder",
