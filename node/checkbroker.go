@@ -124,10 +124,10 @@ func (b *brokerCheck) who(ctx context.Context) (upstream.Identity, error) {
 
 const (
 	notReached = "see whether this host reaches the cluster, and tls and credentials of the node's own client"
-	letsIn     = "have the listener ask for what only the node has (ssl.client.auth=required, or SASL), take User:ANONYMOUS " +
-		"out of super.users and ACLs, or keep workloads from the port by the network"
-	sameForAll = "one of: give the workloads' SPIRE entries DNS names (-dns), of which the first is the CN, and map it with " +
-		"ssl.principal.mapping.rules; put a SPIFFE principal builder (principal.builder.class) on the brokers; or let " +
+	letsIn     = "have the listener ask for what only the node has (ssl.client.auth=required, or SASL), take " +
+		"User:ANONYMOUS out of super.users and ACLs, or keep workloads from the port by the network"
+	sameForAll = "one of: give the workloads' SPIRE entries DNS names (-dns), of which the first is the CN, and map it " +
+		"with ssl.principal.mapping.rules; put a SPIFFE principal builder (principal.builder.class) on the brokers; or let " +
 		"upstream.login use jwt-svid, whose principal is the SPIFFE ID"
 	mapsWrong = "mend ssl.principal.mapping.rules of the brokers, such as RULE:^CN=([^,]+),O=SPIRE,C=US$/$1/"
 )
@@ -311,7 +311,8 @@ func (b *brokerCheck) upstream(ctx context.Context, c ClusterConfig, brokers []k
 	return findings
 }
 
-func (b *brokerCheck) open(ctx context.Context, way *upstream.Upstream, name string, who upstream.Identity) (string, error) {
+func (b *brokerCheck) open(ctx context.Context, way *upstream.Upstream, name string, who upstream.Identity) (
+	string, error) {
 	ctx, cancel := context.WithTimeout(ctx, strangerTimeout)
 	defer cancel()
 	conn, err := b.dial(ctx, "tcp", name)
