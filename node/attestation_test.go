@@ -178,7 +178,7 @@ func (s *stageOfLife) startWith(uid int, life string) *mortal {
 	m := &mortal{t: s.t, cmd: exec.Command("/proc/self/exe")}
 	m.cmd.Env = append(os.Environ(), lifeVariable+"="+life, "GORACE=atexit_sleep_ms=0")
 	m.cmd.Stderr = os.Stderr
-	m.cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd()), Pdeathsig: syscall.SIGKILL,
+	m.cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd()),
 		Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}}
 	if m.in, err = m.cmd.StdinPipe(); err != nil {
 		s.t.Fatal(err)

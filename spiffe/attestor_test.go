@@ -366,6 +366,9 @@ func TestASourceThatFailsRefusesAndIsAskedAnew(t *testing.T) {
 			if _, err := a.Attest(t.Context(), peer); err == nil || err.Error() != test.want {
 				t.Fatalf("got %v", err)
 			}
+			if s := a.State(); s.Failures[SourceSPIRE] != 1 || s.Why[SourceSPIRE] != test.want {
+				t.Errorf("the state is %+v", s)
+			}
 			watch := make(chan *scriptedWatch, 1)
 			go func() {
 				w := source.next(t)
@@ -377,9 +380,6 @@ func TestASourceThatFailsRefusesAndIsAskedAnew(t *testing.T) {
 				t.Fatalf("it is %s", got)
 			}
 			(<-watch).end <- test.end
-			if s := a.State(); s.Failures[SourceSPIRE] != 1 || s.Why[SourceSPIRE] != test.want {
-				t.Errorf("the state is %+v", s)
-			}
 			if test.lasts {
 				return
 			}
@@ -432,6 +432,7 @@ func TestTheEndOfAProcessIsNoticedReapedOrNot(t *testing.T) {
 }
 
 func TestAChangeOfTheProcessIsNoticed(t *testing.T) {
+	exe := copyOf(t, "sleep")
 	for name, test := range map[string]struct {
 		change   func(*TaskFacts)
 		executed bool
@@ -450,7 +451,7 @@ func TestAChangeOfTheProcessIsNoticed(t *testing.T) {
 			t.Parallel()
 			k := new(fakeKernel)
 			a := attestorOf(t, k, fixed{id: orders})
-			pid := started(t, copyOf(t, "sleep"), "1000").Process.Pid
+			pid := started(t, exe, "1000").Process.Pid
 			h := attest(t, a, peerOf(t, pid))
 			k.set(func() { k.change = func(_ int32, f *TaskFacts) { test.change(f) } })
 			if test.executed {

@@ -19,6 +19,7 @@ const (
 	billingUID  = 61102
 	strangerUID = 61103
 	lateUID     = 61104
+	briefUID    = 61105
 )
 
 // world is what a suite has to itself: a directory, and a cgroup whose connects its node redirects.
