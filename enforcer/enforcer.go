@@ -7,6 +7,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -36,11 +37,13 @@ type Enforcer struct {
 	audit  *audit.Log
 	policy atomic.Pointer[policy.Policy]
 	kafka  kafka.Shared
+	opaque opaqueMetrics
+	relays relays
 }
 
 // New makes an Enforcer.
 func New(o Options) *Enforcer {
-	e := &Enforcer{audit: o.Audit}
+	e := &Enforcer{audit: o.Audit, opaque: newOpaqueMetrics(o.Metrics)}
 	e.policy.Store(o.Policy)
 	e.kafka = kafka.Shared{
 		Policy:   &e.policy,
@@ -61,8 +64,12 @@ func held(memory int64) int64 { return memory / 8 * 3 }
 // MinMemory is the least memory with which a request of maxFrame bytes fits.
 func MinMemory(maxFrame int64) int64 { return (wire.HeldSize(int(maxFrame)) + 2) / 3 * 8 }
 
-// SetPolicy replaces the policy; every connection decides by it from its next frame on.
-func (e *Enforcer) SetPolicy(p *policy.Policy) { e.policy.Store(p) }
+// SetPolicy replaces the policy; every connection decides by it from its next frame on, and opaque ones that it does not
+// allow any more are closed.
+func (e *Enforcer) SetPolicy(p *policy.Policy) {
+	e.policy.Store(p)
+	e.relays.look()
+}
 
 // Client is the client side of a connection.
 type Client struct {
@@ -126,7 +133,12 @@ func (e *Enforcer) Serve(ctx context.Context, c Conn) error {
 // consumers does not rebalance as one. It returns when all have ended; when ctx ends before, the rest is cut, and Drain
 // tells how many these were. The last audit lines are written when Serve has returned.
 func (e *Enforcer) Drain(ctx context.Context, spread time.Duration) (cut int) {
-	return e.kafka.Drain(ctx, spread)
+	var relays int
+	var both sync.WaitGroup
+	both.Go(func() { relays = e.relays.drain(ctx, spread) })
+	cut = e.kafka.Drain(ctx, spread)
+	both.Wait()
+	return cut + relays
 }
 
 // Refuse puts on record that a connection is refused before a byte of it is read. The caller closes it.

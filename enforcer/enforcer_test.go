@@ -15,6 +15,7 @@ import (
 	"klamm/enforcer/audit"
 	"klamm/enforcer/kafka/authz"
 	"klamm/enforcer/policy"
+	"klamm/spiffe"
 )
 
 // noTopics is a cluster that has none.
@@ -23,6 +24,12 @@ type noTopics struct{}
 func (noTopics) Name(authz.TopicID) (string, bool)              { return "", false }
 func (noTopics) Resolve(context.Context, []authz.TopicID) error { return nil }
 func (noTopics) Learn(*kmsg.MetadataResponse)                   {}
+
+// nobody is a workload that no source knows.
+type nobody struct{}
+
+func (nobody) Identity() *spiffe.Identity { return new(spiffe.Identity) }
+func (nobody) Watch(func()) func()        { return func() {} }
 
 func pair(t *testing.T) (dialled, accepted net.Conn) {
 	t.Helper()
@@ -57,7 +64,7 @@ func TestTheLastLineOfADrainedConnectionSaysSo(t *testing.T) {
 	ended := make(chan error, 1)
 	go func() {
 		ended <- e.Serve(t.Context(), Conn{Client: Client{ID: "1", Destination: netip.MustParseAddrPort("127.0.0.1:9092")},
-			Downstream: downstream, Upstream: upstream, Kafka: noTopics{}})
+			Downstream: downstream, Upstream: upstream, Workload: nobody{}, Kafka: noTopics{}})
 	}()
 	if cut := e.Drain(t.Context(), 0); cut != 0 {
 		t.Errorf("%d connections were cut", cut)

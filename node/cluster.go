@@ -20,6 +20,7 @@ import (
 	"github.com/twmb/franz-go/pkg/kmsg"
 
 	"klamm/bpf"
+	"klamm/enforcer/hello"
 	"klamm/node/upstream"
 	"klamm/spiffe"
 )
@@ -75,11 +76,12 @@ type ClusterOptions struct {
 // topic has which id. Safe for concurrent use.
 type Cluster struct {
 	*topics
-	config ClusterConfig
-	opts   ClusterOptions
-	client *kgo.Client
-	up     *upstream.Upstream
-	known  atomic.Pointer[brokers] // replaced whole
+	config  ClusterConfig
+	opts    ClusterOptions
+	client  *kgo.Client
+	up      *upstream.Upstream
+	clients *clients
+	known   atomic.Pointer[brokers] // replaced whole
 
 	autoCreate atomic.Pointer[bool] // nil until a broker has told
 
@@ -109,11 +111,11 @@ func (s ClusterState) Ready() bool { return s.Err == nil && !s.Reached.IsZero() 
 
 // brokers is where a cluster's brokers are. Immutable.
 type brokers struct {
-	names      []string                  // bootstrap and advertised host:port
-	advertised []string                  // by the cluster, sorted
-	unresolved []string                  // of names
-	addrs      map[netip.AddrPort]broker // resolved
-	ports      []uint16                  // configured, of bootstrap, and advertised
+	names      []string                    // bootstrap and advertised host:port
+	advertised []string                    // by the cluster, sorted
+	unresolved []string                    // of names
+	addrs      map[netip.AddrPort][]broker // resolved: all that have the address, the last one counts
+	ports      []uint16                    // configured, of bootstrap, and advertised
 }
 
 type broker struct {
@@ -127,6 +129,10 @@ func OpenCluster(config ClusterConfig, opts ClusterOptions) (*Cluster, error) {
 	client, err := newClient(config, opts.Agent, opts.Dial)
 	if err != nil {
 		return nil, fmt.Errorf("cluster %s: %w", config.Name, err)
+	}
+	met, err := openClients(config.Clients, opts.Agent, opts.Log.With().Str("cluster", config.Name).Logger())
+	if err != nil {
+		return nil, fmt.Errorf("cluster %s: clients: %w", config.Name, err)
 	}
 	up, err := config.Upstream.open(opts.Agent, opts.Dial)
 	if err != nil {
@@ -142,7 +148,8 @@ func OpenCluster(config ClusterConfig, opts ClusterOptions) (*Cluster, error) {
 	}
 	opts.Log = opts.Log.With().Str("cluster", config.Name).Logger()
 	c := &Cluster{topics: newTopics(*opts.pace, opts.Log), config: config, opts: opts, client: client, up: up,
-		state: ClusterState{Name: config.Name, Err: errors.New("not asked yet")}}
+		clients: met,
+		state:   ClusterState{Name: config.Name, Err: errors.New("not asked yet")}}
 	c.known.Store(&brokers{ports: opts.Ports})
 	c.ctx, c.stop = context.WithCancel(context.Background())
 	c.publish(brokers{names: c.config.Bootstrap})
@@ -157,6 +164,9 @@ func (c *Cluster) Close() {
 	c.mu.Unlock()
 	c.done.Wait()
 	c.client.Close()
+	if err := c.clients.close(); err != nil {
+		c.opts.Log.Warn().Err(err).Msg("closing the issuer")
+	}
 }
 
 // Config is what was configured.
@@ -330,11 +340,13 @@ func (c *Cluster) resolveNames(ctx context.Context, b *brokers) {
 	}
 	each.Wait()
 	now, old := time.Now(), b.addrs
-	b.addrs, b.unresolved = map[netip.AddrPort]broker{}, nil
+	b.addrs, b.unresolved = map[netip.AddrPort][]broker{}, nil
 	for i, name := range b.names {
-		for addr, o := range old {
-			if o.name == name && (found[i] == nil || now.Sub(o.seen) < holdAddress) {
-				b.addrs[addr] = o
+		for addr, all := range old {
+			for _, o := range all {
+				if o.name == name && (found[i] == nil || now.Sub(o.seen) < holdAddress) {
+					b.addrs[addr] = append(b.addrs[addr], o)
+				}
 			}
 		}
 		if found[i] == nil {
@@ -343,7 +355,8 @@ func (c *Cluster) resolveNames(ctx context.Context, b *brokers) {
 	}
 	for i, name := range b.names {
 		for _, addr := range found[i] {
-			b.addrs[addr] = broker{name, now}
+			others := slices.DeleteFunc(b.addrs[addr], func(o broker) bool { return o.name == name })
+			b.addrs[addr] = append(others, broker{name, now})
 		}
 	}
 }
@@ -448,8 +461,8 @@ func (c *Cluster) Lookup(addr netip.AddrPort) (verified bool) {
 func (c *Cluster) lookup(addr netip.AddrPort) (name string, confirmed, inside bool) {
 	addr = destination(addr)
 	known := c.known.Load()
-	if b, ok := known.addrs[addr]; ok {
-		name, confirmed = b.name, true
+	if all := known.addrs[addr]; len(all) > 0 {
+		name, confirmed = all[len(all)-1].name, true
 	} else {
 		name = addr.String()
 	}
@@ -461,10 +474,32 @@ func (c *Cluster) lookup(addr netip.AddrPort) (name string, confirmed, inside bo
 // Destination is a broker of a configured cluster.
 type Destination struct {
 	*Cluster
-	Broker string // host:port as configured or advertised, for the audit; the address where only its network is known
+	Broker  string // host:port as configured or advertised, for the audit; the address where only its network is known
+	Address netip.AddrPort
 	// Confirmed: the cluster itself, or its bootstrap, names this address. Where only its network is configured, who
 	// listens there is not known well enough to believe its topic ids.
 	Confirmed bool
+}
+
+// Names are those by which the cluster has the broker: all that resolve to its address. Where only its network is known
+// it may be any of the cluster's.
+func (d Destination) Names() hello.Names {
+	known, names := d.known.Load(), hello.Names{Aside: d.config.Clients.Names, ByAddress: !d.Confirmed}
+	all := known.names
+	if d.Confirmed {
+		all = nil
+		for _, b := range known.addrs[d.Address] {
+			all = append(all, b.name)
+		}
+	}
+	for _, name := range all {
+		host, _, err := splitBroker(name)
+		host = strings.TrimSuffix(strings.ToLower(host), ".")
+		if err == nil && !slices.Contains(names.Known, host) {
+			names.Known = append(names.Known, host)
+		}
+	}
+	return names
 }
 
 // Open makes a dialled connection one to this broker, on behalf of who; see upstream.Upstream.
@@ -511,7 +546,7 @@ func (cs Clusters) Find(ctx context.Context, addr netip.AddrPort) (Destination, 
 func (cs Clusters) FindByNetwork(addr netip.AddrPort) (Destination, error) {
 	for _, c := range cs {
 		if name, _, inside := c.lookup(addr); inside {
-			return Destination{c, name, false}, nil
+			return Destination{Cluster: c, Broker: name, Address: destination(addr)}, nil
 		}
 	}
 	return Destination{}, cs.noCluster(destination(addr))
@@ -522,9 +557,9 @@ func (cs Clusters) find(addr netip.AddrPort) (d Destination, ok bool) {
 	for _, c := range cs {
 		switch name, confirmed, inside := c.lookup(addr); {
 		case confirmed:
-			return Destination{c, name, true}, true
+			return Destination{Cluster: c, Broker: name, Address: destination(addr), Confirmed: true}, true
 		case inside && !ok:
-			d, ok = Destination{c, name, false}, true
+			d, ok = Destination{Cluster: c, Broker: name, Address: destination(addr)}, true
 		}
 	}
 	return d, ok

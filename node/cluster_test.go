@@ -398,9 +398,9 @@ func TestNamesAreResolvedToAllTheirAddresses(t *testing.T) {
 			t.Errorf("step %d: unresolved %v", step, got)
 		}
 	}
-	b := brokers{names: []string{"b.example:9092"}, addrs: map[netip.AddrPort]broker{
-		addr("192.0.2.9:9092"): {"b.example:9092", time.Now().Add(-holdAddress)},
-		addr("192.0.2.8:9092"): {"gone.example:9092", time.Now()}}}
+	b := brokers{names: []string{"b.example:9092"}, addrs: map[netip.AddrPort][]broker{
+		addr("192.0.2.9:9092"): {{"b.example:9092", time.Now().Add(-holdAddress)}},
+		addr("192.0.2.8:9092"): {{"gone.example:9092", time.Now()}}}}
 	c.resolveNames(t.Context(), &b)
 	if len(b.addrs) != 1 {
 		t.Errorf("addresses not seen for long, or of a name that is no broker's any more, stay: %v", b.addrs)

@@ -133,6 +133,8 @@ type ClusterConfig struct {
 	CIDRs []netip.Prefix `yaml:"cidrs"`
 	// How the node reaches the brokers on behalf of workloads. Default: in plaintext, without a login of its own.
 	Upstream *UpstreamConfig `yaml:"upstream"`
+	// How clients are met that speak TLS.
+	Clients ClientsConfig `yaml:"clients"`
 	// Of the node's own client. Default: as upstream.
 	TLS *TLSConfig `yaml:"tls"`
 	// Of the node's own client. Default: as upstream.
@@ -213,6 +215,7 @@ func (c *Config) paths() []*string {
 		paths = append(paths, &c.Policies[i])
 	}
 	for _, cluster := range c.Clusters {
+		paths = append(paths, cluster.Clients.paths()...)
 		tls, logins := []*TLSConfig{cluster.TLS}, []*LoginConfig{cluster.Credentials}
 		if u := cluster.Upstream; u != nil {
 			tls, logins = append(tls, u.TLS), append(logins, u.Login)
@@ -269,7 +272,7 @@ func (c *Config) UnmarshalYAML(node *yaml.Node) error {
 		clusters := key(node, "clusters")
 		checks := append(slices.Concat(c.sources(node), c.issuers(node)), check{len(c.Clusters) > 0, clusters,
 			"no cluster: give name and bootstrap of at least one"})
-		checks = append(checks, c.upstreams(clusters)...)
+		checks = append(checks, slices.Concat(c.upstreams(clusters), c.clients(clusters))...)
 		for i, b := range c.Clusters {
 			for _, a := range c.Clusters[:i] {
 				at := clusters.Content[i]

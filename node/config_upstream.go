@@ -92,9 +92,10 @@ func (c *UpstreamConfig) UnmarshalYAML(node *yaml.Node) error {
 	type plain UpstreamConfig
 	return section(node, (*plain)(c), func() []check {
 		return []check{
-			{c.Login == nil || c.TLS != nil || c.Cleartext, key(node, "login"), "without tls who sees the network sees the " +
-				"login: add tls, or cleartext: true where that is no harm"},
-			{!c.Cleartext || c.Login != nil && c.TLS == nil, key(node, "cleartext"), "there is no login in cleartext: leave it out"},
+			{c.Login == nil || c.TLS != nil || c.Cleartext, key(node, "login"),
+				"without tls who sees the network sees the login: add tls, or cleartext: true where that is no harm"},
+			{!c.Cleartext || c.Login != nil && c.TLS == nil, key(node, "cleartext"),
+				"there is no login in cleartext: leave it out"},
 			{c.From == "" || slices.Contains(origins, string(c.From)), key(node, "from"),
 				strict.Unknown("origin", string(c.From), origins)},
 			{c.From != FromClient || c.TLS != nil, key(node, "from"),

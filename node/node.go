@@ -108,7 +108,8 @@ func openNode(c Config, log zerolog.Logger, manager serviceManager, before inher
 		return nil, err
 	}
 	n.enforcer = enforcer.New(enforcer.Options{Policy: rules, Audit: lines, MaxFrame: int(c.Limits.MaxFrame),
-		Memory: int64(c.Limits.Memory), Metrics: n.registry, Tokens: n.logins(), CloseOnLoss: c.Attestation.OnLoss == LossClose})
+		Memory: int64(c.Limits.Memory), Metrics: n.registry, Tokens: n.logins(),
+		CloseOnLoss: c.Attestation.OnLoss == LossClose})
 	if strings.HasPrefix(c.Node.Pins, BPFFS+"/") {
 		if err := MountBPFFS(BPFFS); err != nil {
 			return nil, err
@@ -398,24 +399,43 @@ func (n *Node) serve(ctx context.Context, conn net.Conn, r bpf.Record) {
 		refuse(audit.BrokerUnreachable, err)
 		return
 	}
-	opened, err := destination.Open(dialled, broker, workload)
+	tcp, _ := conn.(*net.TCPConn) // as is all that is accepted
+	o, err := destination.clients.listen(ctx, tcp)
+	switch {
+	case err != nil:
+		_ = broker.Close()
+		refuse(audit.TLSHandshake, err)
+	case o == nil:
+		n.enforce(ctx, destination, broker, enforcer.Conn{Client: client, Downstream: conn, Workload: workload}, workload)
+	case destination.clients.mode == TLSPassthrough:
+		n.pass(ctx, client, tcp, broker, workload, destination, o)
+	default:
+		n.terminate(ctx, client, tcp, broker, workload, destination, o)
+	}
+}
+
+// enforce opens the way to the broker that was dialled, and enforces policy on c until it ends. It closes all.
+func (n *Node) enforce(ctx context.Context, d Destination, broker net.Conn, c enforcer.Conn, workload *spiffe.Attested) {
+	bounded, cancel := context.WithTimeout(ctx, n.config.Limits.DialTimeout)
+	opened, err := d.Open(bounded, broker, workload)
+	cancel()
 	if err != nil {
-		refuse(upstreamReason(err), err)
+		reset(c.Downstream)
+		n.refuse(c.Client, upstreamReason(err), err)
 		return
 	}
-	enforced := enforcer.Conn{Client: client, Downstream: conn, Upstream: opened.Conn, Workload: workload,
-		Kafka: destination, AutoCreate: destination.AutoCreate()}
+	c.Upstream, c.Kafka, c.AutoCreate, c.AsWorkload = opened.Conn, d, d.AutoCreate(), opened.AsWorkload()
 	if opened.Login != nil {
-		enforced.Login = opened.Login
+		c.Login = opened.Login
 	}
 	ctx, stop := whileCurrent(ctx, opened, workload)
 	defer stop()
-	err = n.enforcer.Serve(ctx, enforced)
-	if cause := context.Cause(ctx); errors.Is(cause, upstream.ErrNoSVID) {
-		n.refuse(client, audit.NoSVID, cause)
+	err = n.enforcer.Serve(ctx, c)
+	if cause := context.Cause(ctx); err == nil && errors.Is(cause, upstream.ErrNoSVID) {
+		n.refuse(c.Client, audit.NoSVID, cause)
 	}
 	if err != nil {
-		n.log.Debug().Err(err).Str("conn", client.ID).Msg("connection ended")
+		n.log.Debug().Err(err).Str("conn", c.ID).Msg("connection ended")
 	}
 }
 

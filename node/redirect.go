@@ -231,8 +231,8 @@ func (r *Redirect) Begin() error { return r.programs.Beat(heartbeatFor) }
 // End makes the enforcer count as down, without waiting for the heartbeat to be over: nobody will accept what waits.
 func (r *Redirect) End() error { return r.programs.Beat(0) }
 
-// Dial connects to a broker itself, over plain TCP: from the network namespace of the calling thread, or else, as always
-// to loopback destinations, which mean something only there, of the client.
+// Dial connects to a broker itself, over plain TCP: from the network namespace of the calling thread, or from the
+// client's, in which alone loopback destinations mean something.
 func (r *Redirect) Dial(ctx context.Context, record bpf.Record, fromClient bool) (conn *net.TCPConn, err error) {
 	to := record.Destination()
 	dial := func() error {

@@ -3,6 +3,7 @@ package spiffe
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 )
 
@@ -31,8 +32,8 @@ type tokenReader struct {
 
 // follow looks at a token again and again until ctx ends, and tells what it says at once and whenever that changes.
 //
-// When the process that connected exits, others may still hold its connection; the last token then speaks for them until
-// it ends or is revoked.
+// When the process that connected exits, others may still hold its connection; the last token then speaks for them
+// until it ends or is revoked.
 func (r tokenReader) follow(ctx context.Context, tell func(*Evidence, error)) error {
 	var said *Evidence // of token
 	var token string
@@ -41,9 +42,10 @@ func (r tokenReader) follow(ctx context.Context, tell func(*Evidence, error)) er
 	for first := true; ctx.Err() == nil; first = false {
 		looked := time.Now()
 		now, e, err := r.look(ctx, token)
+		if ctx.Err() != nil {
+			return nil //nolint:nilerr // look's error is that of ctx
+		}
 		switch unknown := new(unknownError); {
-		case ctx.Err() != nil:
-			return nil
 		case errors.Is(err, ErrGone), errors.Is(err, ErrChanged):
 			return err
 		case errors.As(err, unknown) && said != nil && looked.Sub(proven) < r.keep:
@@ -90,8 +92,5 @@ func (r tokenReader) wait(ctx context.Context, said *Evidence) {
 }
 
 func sameError(a, b error) bool {
-	if a == nil || b == nil {
-		return a == b
-	}
-	return a.Error() == b.Error()
+	return fmt.Sprint(a) == fmt.Sprint(b)
 }

@@ -1,6 +1,7 @@
 package spiffe
 
 import (
+	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -69,13 +70,18 @@ func (j *Joined) add(of *Identity) *Identity {
 }
 
 func (j *Joined) expire() {
+	for _, changed := range j.end() {
+		(*changed)()
+	}
+}
+
+// end drops the evidence, and tells who is to hear of it.
+func (j *Joined) end() []*func() {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.expired = true
 	j.add(j.process.Identity())
-	for changed := range j.watchers {
-		(*changed)()
-	}
+	return slices.Collect(maps.Keys(j.watchers))
 }
 
 // Watch calls changed after every change of the identity, until stop is called. It must not block.

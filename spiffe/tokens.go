@@ -180,8 +180,8 @@ func (t *Tokens) Run(ctx context.Context) {
 }
 
 // Verify verifies the token of a SASL/OAUTHBEARER login. Its error is a *TokenError. The evidence ends when Verify
-// would no longer accept the token: at exp, or MaxAge after iat, each plus Skew. It may wait for the issuer's keys, five
-// seconds at most, where the token's is not known.
+// would no longer accept the token: at exp, or MaxAge after iat, each plus Skew. It may wait for the issuer's keys,
+// five seconds at most, where the token's is not known.
 func (t *Tokens) Verify(ctx context.Context, token string) (*Evidence, error) {
 	e, err := t.verify(ctx, token, "", nil)
 	if err != nil {

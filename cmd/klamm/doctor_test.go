@@ -2,12 +2,14 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"klamm/node"
 	"klamm/test/kafka"
+	"klamm/test/spire/fake"
 	"klamm/test/stage"
 )
 
@@ -87,7 +89,21 @@ func TestTheDoctorSaysWhatToDo(t *testing.T) {
 
 func TestTheDoctorChecksTheConfigurationAndItsClusters(t *testing.T) {
 	broker, down := stage.StartBroker(t), stage.DownAddr(t)
+	token := filepath.Join(t.TempDir(), "token")
+	stage.WriteFile(t, token, "token\n")
 	unknown := stage.Config{"clusters": stage.Clusters("broker.invalid:9092")}
+	agent, err := fake.New(fake.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := agent.Stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	spire := func(api, socket string) stage.Config {
+		return stage.Config{"spire": fmt.Sprintf("{api: %s, socket: %s, workload-api: %s}", api, socket, agent.WorkloadAPI())}
+	}
 	for name, c := range map[string]struct {
 		broker string
 		config stage.Config
@@ -98,6 +114,14 @@ func TestTheDoctorChecksTheConfigurationAndItsClusters(t *testing.T) {
 		"a cluster that is down":     {down, nil, "cluster main", "connection refused"},
 		"a policy that is not there": {broker.Addr(), stage.Config{"policies": "[gone.yaml]"}, "policies", "no such file"},
 		"a name nobody knows":        {broker.Addr(), unknown, "cluster main", "cannot resolve"},
+		"an agent that serves":       {broker.Addr(), spire("broker", agent.Socket("broker")), "", ""},
+		"an agent that is not there": {broker.Addr(), spire("broker", "/gone.sock"), "SPIRE agent", "start the SPIRE agent"},
+		"an agent's other socket":    {broker.Addr(), spire("delegated", agent.WorkloadAPI()), "SPIRE agent", "admin_socket_path"},
+		"an issuer that is down": {broker.Addr(),
+			stage.Config{"oidc": "[{issuer: 'http://" + down + "', audiences: [kafka]}]"},
+			"issuer http://" + down, "connection refused"},
+		"an API server that is down": {broker.Addr(), stage.Config{"kubernetes": "{review: {server: 'https://" + down +
+			"', token-file: '" + token + "'}}"}, "token reviews", "connection refused"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()

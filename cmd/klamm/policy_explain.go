@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 
@@ -28,23 +29,42 @@ var resourceFlags = []struct {
 	{"user", kmsg.ACLResourceTypeUser, "user whose tokens it is about, User:name"},
 }
 
-// clusterFlag is the resource flag without a name: a cluster has one cluster resource.
-const clusterFlag = "kafka-cluster"
+const (
+	// clusterFlag is the resource flag without a name: a cluster has one cluster resource.
+	clusterFlag = "kafka-cluster"
+	// The flags that ask about a connection as a whole.
+	loginFlag       = "login"
+	passthroughFlag = "passthrough"
+)
 
 // explainFlags are the flags of policy explain as given.
 type explainFlags struct {
 	files                            []string
 	cluster, spiffe, principal, host string
-	operation                        string
+	facts, claims, source            string
+	operation, login                 string
 	resources                        []string // by resourceFlags
 }
 
 func newPolicyExplainCommand() *cobra.Command {
 	var f explainFlags
 	cmd := &cobra.Command{
-		Use:   "explain -f FILE… --operation OPERATION (--topic NAME | --group NAME | …)",
+		Use:   "explain -f FILE… (--operation OPERATION (--topic NAME | --group NAME | …) | --login NAME | --passthrough)",
 		Short: "Say whether an access is allowed, which rule decides, and why the others do not",
-		Long: `Say whether an access is allowed, which rule decides, and why the others do not.
+		Long: `Say whether an access is allowed, which rule decides, and why the others do not. So it does for a login and for
+TLS that is to pass unread.
+
+What conditions (when) look at is given by the flags and by a YAML or JSON file of facts, by the names conditions use:
+
+  identity: {source: kubernetes, rule: …}
+  claims: {sub: …}
+  sources: {kubernetes: {issuer: …, claims: {…}}}
+  sasl: {mechanism: OAUTHBEARER, issuer: …, claims: {…}}
+  tls: {subject: …, issuer: …}
+  process: {exe: …, exe_sha256: …, comm: …, uid: 1000, gid: 1000, cgroup: …, unit: …}
+  pod: {namespace: …, name: …, container: …, uid: …}
+
+What is not given is not known.
 
 Exit codes: 0 it passes (also where a file in observe mode would deny it), 3 it is denied, 1 the question or a policy
 file is not valid.`,
@@ -58,9 +78,14 @@ file is not valid.`,
 	flags.StringVar(&f.spiffe, "spiffe-id", "", "SPIFFE ID of the workload")
 	flags.StringVar(&f.principal, "principal", "", "SASL principal of the connection, User:name")
 	flags.StringVar(&f.host, "host", "", "IP address of the workload")
+	flags.StringVar(&f.facts, "facts", "", "file of what else is known of the workload; - is standard input")
+	flags.StringVar(&f.claims, "claims", "", "JSON file with the claims of the workload's token; - is standard input")
+	flags.StringVar(&f.source, "source", "", "source of identity and claims: static, spire, kubernetes, token-file, …")
 	flags.StringVar(&f.operation, "operation", "", "Kafka's name of the operation: Read, Write, Create, …")
 	flags.Bool(clusterFlag, false, "ask about the cluster as a resource")
-	names := []string{clusterFlag}
+	flags.StringVar(&f.login, loginFlag, "", `ask whether it may log in as this SASL principal, "" is a hidden one`)
+	flags.Bool(passthroughFlag, false, "ask whether the workload's TLS may pass unread")
+	names := []string{clusterFlag, loginFlag, passthroughFlag}
 	f.resources = make([]string, len(resourceFlags))
 	for i, r := range resourceFlags {
 		flags.StringVar(&f.resources[i], r.name, "", r.usage)
@@ -68,10 +93,10 @@ file is not valid.`,
 	}
 	cmd.MarkFlagsOneRequired(names...)
 	cmd.MarkFlagsMutuallyExclusive(names...)
-	for _, required := range []string{"file", "operation"} {
-		if err := cmd.MarkFlagRequired(required); err != nil {
-			panic(err) // the flag is defined above
-		}
+	cmd.MarkFlagsMutuallyExclusive(loginFlag, "operation")
+	cmd.MarkFlagsMutuallyExclusive(passthroughFlag, "operation")
+	if err := cmd.MarkFlagRequired("file"); err != nil {
+		panic(err) // the flag is defined above
 	}
 	output := outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
@@ -81,17 +106,13 @@ file is not valid.`,
 }
 
 func explain(cmd *cobra.Command, f *explainFlags, output *format) error {
-	who, err := f.subject()
+	who, err := f.subject(cmd.InOrStdin())
 	if err != nil {
 		return err
 	}
-	kind, name := f.resource(cmd)
-	op, err := policy.ParseOperation(kind, f.operation)
+	ask, err := f.question(cmd, who)
 	if err != nil {
-		return fmt.Errorf("--operation: %w", err)
-	}
-	if op == kmsg.ACLOperationAll {
-		return errors.New("--operation: a request asks for one operation at a time, All is for rules")
+		return err
 	}
 	var sets []*policy.Set
 	for _, file := range f.files {
@@ -101,12 +122,37 @@ func explain(cmd *cobra.Command, f *explainFlags, output *format) error {
 		}
 		sets = append(sets, set)
 	}
-	e := policy.New(sets...).Explain(who, kind, name, op)
+	e := ask(policy.New(sets...))
 	err = output.print(cmd.OutOrStdout(), e, func(out io.Writer) error { return printExplanation(out, e) })
 	if err == nil && !e.Allowed {
 		return errDenied
 	}
 	return err
+}
+
+// question is what is asked of the policy.
+func (f *explainFlags) question(cmd *cobra.Command, who policy.Subject) (
+	func(*policy.Policy) policy.Explanation, error) {
+	switch {
+	case cmd.Flags().Changed(loginFlag):
+		if f.login != "" && !strings.Contains(f.login, ":") {
+			return nil, fmt.Errorf("--%s %q: write it as Kafka does, User:%s", loginFlag, f.login, f.login)
+		}
+		return func(p *policy.Policy) policy.Explanation { return p.ExplainLogin(who, f.login) }, nil
+	case cmd.Flags().Changed(passthroughFlag):
+		return func(p *policy.Policy) policy.Explanation { return p.ExplainPassthrough(who) }, nil
+	case f.operation == "":
+		return nil, errors.New(`required flag(s) "operation" not set`)
+	}
+	kind, name := f.resource(cmd)
+	op, err := policy.ParseOperation(kind, f.operation)
+	if err != nil {
+		return nil, fmt.Errorf("--operation: %w", err)
+	}
+	if op == kmsg.ACLOperationAll {
+		return nil, errors.New("--operation: a request asks for one operation at a time, All is for rules")
+	}
+	return func(p *policy.Policy) policy.Explanation { return p.Explain(who, kind, name, op) }, nil
 }
 
 // resource is what the one given resource flag asks about.
@@ -119,7 +165,7 @@ func (f *explainFlags) resource(cmd *cobra.Command) (kmsg.ACLResourceType, strin
 	return kmsg.ACLResourceTypeCluster, clusterFlag
 }
 
-func (f *explainFlags) subject() (policy.Subject, error) {
+func (f *explainFlags) subject(in io.Reader) (policy.Subject, error) {
 	s := policy.Subject{Cluster: f.cluster, SPIFFE: f.spiffe, Principal: f.principal}
 	if f.spiffe != "" {
 		if _, err := spiffeid.FromString(f.spiffe); err != nil {
@@ -129,13 +175,14 @@ func (f *explainFlags) subject() (policy.Subject, error) {
 	if f.principal != "" && !strings.Contains(f.principal, ":") {
 		return s, fmt.Errorf("--principal %q: write it as Kafka does, User:%s", f.principal, f.principal)
 	}
+	var err error
 	if f.host != "" {
-		var err error
 		if s.Host, err = netip.ParseAddr(f.host); err != nil {
 			return s, fmt.Errorf("--host %q: want an IP address", f.host)
 		}
 	}
-	return s, nil
+	s.Facts, err = f.readFacts(in)
+	return s, err
 }
 
 func printExplanation(out io.Writer, e policy.Explanation) error {
@@ -165,6 +212,21 @@ func printExplanation(out io.Writer, e policy.Explanation) error {
 		if _, err := fmt.Fprintf(w, "%s %s:%d\t%s%s\t%s\n", mark, r.File, r.Line, r.Rule, observed, r.Why); err != nil {
 			return err
 		}
+		if r.When == nil {
+			continue
+		}
+		if _, err := fmt.Fprintf(w, "\t\twhen %s: %s\n", strings.Join(strings.Fields(r.When.Expression), " "),
+			outcome(r.When)); err != nil {
+			return err
+		}
 	}
 	return w.Flush()
+}
+
+// outcome is what a condition comes to.
+func outcome(w *policy.When) string {
+	if w.Error != "" {
+		return "cannot be told: " + w.Error
+	}
+	return strconv.FormatBool(w.Holds)
 }

@@ -28,12 +28,39 @@ rules:
   - {name: no audits, principals: ["*"], deny: [{topic: "orders.audit*", operations: [Write, All]}]}
 `
 
-// klamm runs one command line in a directory with two policies and two broken ones.
+const agreePolicy = `apiVersion: klamm/v1
+rules:
+  - name: teams
+    when: |
+      claims.team ==
+        "orders"
+    allow: [{topic: t, operations: [Read]}]
+  - {name: not root, when: process.uid == 0, deny: [{topic: root, operations: [All]}]}
+  - name: of pods
+    when: pod.namespace == "shop" && sources["kubernetes"].claims.sub == "orders" && tls.subject == "CN=orders" &&
+      sasl.claims.azp == "orders" && sasl.mechanism == "OAUTHBEARER" && spiffe_id != ""
+    allow: [{topic: pods, operations: [Read]}]
+connections:
+  - {name: as itself, principals: ["spiffe://t/orders"], when: identity.source == "spire", sasl: ["User:orders"]}
+  - {name: opaque, principals: ["spiffe://t/legacy"], passthrough: true}
+`
+
+const someFacts = `
+sources: {kubernetes: {spiffe_id: spiffe://t/orders, claims: {sub: orders, n: 1}}}
+sasl: {mechanism: OAUTHBEARER, claims: {azp: orders}}
+tls: {subject: CN=orders}
+process: {uid: 0, gid: 0}
+pod: {namespace: shop}
+`
+
+// klamm runs one command line in a directory with policies, broken ones among them, and facts.
 func klamm(t *testing.T, args ...string) (code int, out, errOut string) {
 	t.Helper()
 	t.Chdir(t.TempDir())
 	for name, text := range map[string]string{
 		"shop.yaml": shopPolicy, "watch.yaml": watchPolicy, "empty.yaml": "",
+		"agree.yaml": agreePolicy, "facts.yaml": someFacts, "token.json": `{"iss": "x", "team": "orders"}`,
+		"list.json": `["a"]`, "half.yaml": "process: {uid: 1}", "bad.yaml": "pot: {}\nclaims: {1: 2, ? [a] : b}",
 		"broken.yaml": "apiVersion: klamm/v1\nmode: watch\nrules: []\nguards: []\n",
 	} {
 		if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
@@ -72,7 +99,8 @@ func TestCommandLines(t *testing.T) {
 		"a good file is ok": {
 			"policy check shop.yaml", 0, "ok: shop.yaml: rules 1, connections 0, mode enforce, cluster \"payments\"\n", "",
 		},
-		"a warning does not fail": {"policy check watch.yaml", 0, "ok: watch.yaml: rules 1, connections 0, mode observe, every cluster\n",
+		"a warning does not fail": {"policy check watch.yaml", 0,
+			"ok: watch.yaml: rules 1, connections 0, mode observe, every cluster\n",
 			"warning: watch.yaml:4:49: All includes the other operations\n"},
 		"all errors of all files are printed": {"policy check broken.yaml empty.yaml missing.yaml shop.yaml", 1,
 			"ok: shop.yaml: rules 1, connections 0, mode enforce, cluster \"payments\"\n",
@@ -96,7 +124,7 @@ func TestCommandLines(t *testing.T) {
 		"an access from elsewhere": {ask + "--topic orders.placed --operation Write" + here + user, 3,
 			"deny: no rule allows it (default deny)\n  shop.yaml:4  orders writes its topics  none of its hosts matches\n", ""},
 		"an access on another cluster": {ask + "--topic orders.placed --operation Write" + user, 3,
-			"deny: no policy file is for this cluster: everything is refused\n", ""},
+			"deny: no policy file has rules for this cluster: everything is refused\n", ""},
 		"an access of a SPIFFE ID": {ask + "--topic orders.placed --operation Describe --host 10.0.0.1 " +
 			"--spiffe-id spiffe://example.test/ns/shop/sa/orders" + here, 0, "allow: ", ""},
 		"a question with a broken policy": {
@@ -105,7 +133,7 @@ func TestCommandLines(t *testing.T) {
 		},
 		"a question without a resource": {ask + "--operation Read", 1, "",
 			"klamm: at least one of the flags in the group " +
-				"[kafka-cluster topic group transactional-id delegation-token user] is required\n"},
+				"[kafka-cluster login passthrough topic group transactional-id delegation-token user] is required\n"},
 		"a question without an operation": {
 			ask + "--topic t", 1, "", "klamm: required flag(s) \"operation\" not set\n",
 		},
@@ -117,6 +145,58 @@ func TestCommandLines(t *testing.T) {
 			"klamm: --spiffe-id \"orders\": scheme is missing or invalid\n"},
 		"a principal without a type": {ask + "--topic t --operation Read --principal orders", 1, "",
 			"klamm: --principal \"orders\": write it as Kafka does, User:orders\n"},
+		"a rule whose condition holds": {
+			"policy explain -f agree.yaml --topic t --operation Read --claims token.json", 0,
+			"allow: a rule allows it and none denies it (\"teams\")\n" +
+				"* agree.yaml:3  teams     allows topic \"t\": Read (line 7)\n" +
+				"                          when claims.team == \"orders\": true\n" +
+				"  agree.yaml:8  not root  none of its entries is for the topic \"t\"\n" +
+				"                          when process.uid == 0: cannot be told: process.uid is not known\n", "",
+		},
+		"a rule whose condition cannot be told": {
+			"policy explain -f agree.yaml --topic t --operation Read", 3,
+			"deny: no rule allows it (default deny)\n" +
+				"  agree.yaml:3  teams     allows topic \"t\": Read (line 7), but not where its condition cannot be told\n" +
+				"                          when claims.team == \"orders\": cannot be told: no such key: team\n", "",
+		},
+		"a deny whose condition cannot be told": {
+			"policy explain -f agree.yaml --topic root --operation Read", 3, "deny: a rule denies it", "",
+		},
+		"all facts": {
+			"policy explain -f agree.yaml --topic pods --operation Read --facts facts.yaml --spiffe-id spiffe://t/orders", 0,
+			"allow: a rule allows it and none denies it (\"of pods\")\n", "",
+		},
+		"a login": {
+			"policy explain -f agree.yaml --login User:orders --spiffe-id spiffe://t/orders --source spire", 0,
+			"allow: an entry allows it (\"as itself\")\n* agree.yaml:14  as itself  allows it\n" +
+				"                            when identity.source == \"spire\": true\n" +
+				"  agree.yaml:15  opaque     none of its principals matches\n", "",
+		},
+		"a login as another": {
+			"policy explain -f agree.yaml --login User:pay --spiffe-id spiffe://t/orders --source spire", 3,
+			"deny: there are entries about logins, and none allows it\n", "",
+		},
+		"unread TLS": {
+			"policy explain -f agree.yaml --passthrough --spiffe-id spiffe://t/legacy", 0,
+			"allow: an entry allows it (\"opaque\")\n", "",
+		},
+		"a login without a type": {
+			"policy explain -f agree.yaml --login orders", 1, "",
+			"klamm: --login \"orders\": write it as Kafka does, User:orders\n",
+		},
+		"a login with an operation": {"policy explain -f agree.yaml --login User:a --operation Read", 1, "",
+			"klamm: if any flags in the group [login operation] are set none of the others can be; "},
+		"facts that are none": {ask + "--topic t --operation Read --facts bad.yaml", 1, "",
+			"klamm: bad.yaml:1:1: unknown key \"pot\", did you mean \"pod\"? " +
+				"(allowed: claims, identity, sources, sasl, tls, process, pod)\n"},
+		"facts of half a process": {ask + "--topic t --operation Read --facts half.yaml", 1, "",
+			"klamm: half.yaml:1:10: want both of uid and gid, or none\n"},
+		"claims that are none": {ask + "--topic t --operation Read --claims list.json", 1, "",
+			"klamm: list.json:1:1: want a mapping of claims\n"},
+		"no claims": {ask + "--topic t --operation Read --claims missing.json", 1, "",
+			"klamm: --claims: open missing.json: no such file or directory\n"},
+		"standard input twice": {ask + "--topic t --operation Read --claims - --facts -", 1, "",
+			"klamm: --facts and --claims: only one of them can be standard input\n"},
 		"a host name": {ask + "--topic t --operation Read --host localhost", 1, "",
 			"klamm: --host \"localhost\": want an IP address\n"},
 	} {
@@ -152,6 +232,32 @@ func TestPolicyExplainAsData(t *testing.T) {
 	}
 	if got.Allowed || len(got.Rules) != 1 || got.Rules[0].Matched || got.Rules[0].File != "shop.yaml" {
 		t.Errorf("%+v", got)
+	}
+}
+
+func TestAConditionAsData(t *testing.T) {
+	in, out, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdin := os.Stdin
+	os.Stdin = in
+	defer func() { os.Stdin = stdin; _ = in.Close() }()
+	if _, err := out.WriteString(`{"team": "orders", "iss": "https://k8s", "sub": "s"}`); err != nil {
+		t.Fatal(err)
+	}
+	_ = out.Close()
+	code, text, errOut := klamm(t, strings.Fields("policy explain -o json -f agree.yaml --claims - --source kubernetes "+
+		"--topic t --operation Read")...)
+	var got policy.Explanation
+	if err := json.Unmarshal([]byte(text), &got); err != nil || code != 0 {
+		t.Fatalf("exit code %d, %v, stdout\n%s\nstderr\n%s", code, err, text, errOut)
+	}
+	if w := got.Rules[0].When; !w.Holds || w.Error != "" || !strings.HasPrefix(w.Expression, "claims.team ==") {
+		t.Errorf("the condition that holds: %+v", w)
+	}
+	if w := got.Rules[1].When; w.Holds || w.Error != "process.uid is not known" {
+		t.Errorf("the condition that cannot be told: %+v", w)
 	}
 }
 

@@ -19,6 +19,11 @@ const (
 	Bypass             Reason = "bypass"              // refused in the kernel: something tried to go around the node
 	Tampered           Reason = "tampered"            // the node's programs or rules were taken away, and put back
 	TLSRefused         Reason = "tls"                 // the client speaks TLS, which cannot be read
+	TLSName            Reason = "tls_name"            // the client asks in TLS for a name that is none of the broker's
+	TLSUntrusted       Reason = "tls_untrusted"       // the client does not trust the certificate it is shown
+	TLSCertificate     Reason = "tls_certificate"     // the client's own certificate is not accepted, or missing
+	TLSIssuer          Reason = "tls_issuer"          // there is no certificate to show for the broker's name
+	TLSHandshake       Reason = "tls_handshake"       // the client's TLS did not come about for another reason
 	BadFrame           Reason = "bad_frame"           // not a Kafka frame, or larger than the limit
 	UnknownAPI         Reason = "unknown_api"         // an API key nobody knows
 	UnsupportedVersion Reason = "unsupported_version" // an API key or version we do not decide
@@ -49,7 +54,14 @@ var Reasons = map[Reason]string{
 	Older:              "nothing to do: the client connects anew, through the node",
 	Bypass:             "find out who runs there: no Kafka client does this",
 	Tampered:           "find out who has root's rights on this host, and uses them",
-	TLSRefused:         "let the client speak plaintext to the node; what a TLS client says cannot be read",
+	TLSRefused: "set clients.tls of the cluster in klamm.yaml (klamm doctor tls tells which mode works for whom), or let " +
+		"the client speak plaintext to the node",
+	TLSName: "let the client use a name of bootstrap or one the brokers advertise, or add its name to clients.names of the " +
+		"cluster in klamm.yaml",
+	TLSUntrusted:       "the client's truststore does not have the issuer: see klamm doctor tls",
+	TLSCertificate:     "look at the client's certificate; client-certificates of the cluster in klamm.yaml says what is accepted",
+	TLSIssuer:          "see what the issuer says; clients.issuer of the cluster in klamm.yaml says who it is",
+	TLSHandshake:       "the client speaks no TLS 1.2 or later, or something that is not Kafka over TLS",
 	BadFrame:           "the client does not speak Kafka, or sends frames above limits.max-frame",
 	UnknownAPI:         "the client uses an API key that Kafka does not have; nothing to do",
 	UnsupportedVersion: "the client ignored ApiVersions; upgrade it or the node",

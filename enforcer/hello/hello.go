@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -150,6 +151,37 @@ func isHost(name string) bool {
 	_, err := netip.ParseAddr(name)
 	return err != nil
 }
+
+// Names are those by which a cluster has a broker.
+type Names struct {
+	Known []string // host names and addresses, in lower case
+	// Aside: other host names by which clients know the cluster.
+	Aside []string
+	// ByAddress: only the network is known that the broker's address is in, and any of the names may be its.
+	ByAddress bool
+}
+
+// Has tells whether a server name is one of the broker's.
+func (n Names) Has(server string) bool {
+	return slices.Contains(n.Known, server) || slices.Contains(n.Aside, server)
+}
+
+// Agree tells whether a client asks for the broker it connected to: where many brokers are behind one address, it is the
+// name that leads to one of them. Clients that were told an address, or a name without a dot (Java), send none.
+func (h Hello) Agree(n Names) error {
+	switch {
+	case h.Encrypted:
+		return errors.New("the client encrypts which name it asks for (ECH)")
+	case h.ServerName != "" && !n.Has(h.ServerName):
+		return fmt.Errorf("the client asks for %s, the broker is %s", h.ServerName, strings.Join(n.Known, ", "))
+	case h.ServerName == "" && !n.ByAddress && !slices.ContainsFunc(n.Known, isUnsent):
+		return fmt.Errorf("the client asks for no name (SNI), the broker is %s", strings.Join(n.Known, ", "))
+	}
+	return nil
+}
+
+// isUnsent tells of a name that clients do not send.
+func isUnsent(name string) bool { return !isHost(name) || !strings.Contains(name, ".") }
 
 // Read reads from a connection as far as the ClientHello, and maybe some bytes beyond: read is all of them. It takes no
 // longer than Timeout.

@@ -149,6 +149,32 @@ func TestAClientThatEndsWithinItsHelloSaysNothing(t *testing.T) {
 	}
 }
 
+func TestAClientMustAskForTheBrokerItConnectedTo(t *testing.T) {
+	named := Names{Known: []string{"broker-1.example"}, Aside: []string{"kafka.internal"}}
+	for what, c := range map[string]struct {
+		hello Hello
+		names Names
+		want  string
+	}{
+		"its name":                   {hello: Hello{ServerName: "broker-1.example"}, names: named},
+		"an alias":                   {hello: Hello{ServerName: "kafka.internal"}, names: named},
+		"another name":               {Hello{ServerName: "other.example"}, named, "asks for other.example, the broker is broker-1.example"},
+		"no name":                    {Hello{}, named, "asks for no name"},
+		"an encrypted name":          {Hello{ServerName: "broker-1.example", Encrypted: true}, named, "ECH"},
+		"no name, an address":        {hello: Hello{}, names: Names{Known: []string{"broker-1.example", "192.0.2.1"}}},
+		"no name, IPv6":              {hello: Hello{}, names: Names{Known: []string{"2001:db8::1"}}},
+		"no name, one without a dot": {hello: Hello{}, names: Names{Known: []string{"kafka"}}},
+		"no name, a network":         {hello: Hello{}, names: Names{Known: []string{"broker-1.example"}, ByAddress: true}},
+		"another name, a network": {Hello{ServerName: "other.example"},
+			Names{Known: []string{"broker-1.example"}, ByAddress: true}, "asks for other.example"},
+	} {
+		err := c.hello.Agree(c.names)
+		if (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+}
+
 func FuzzParse(f *testing.F) {
 	f.Add(spoken(f, clientConfig("broker-1.example")))
 	f.Add(spoken(f, clientConfig("")))

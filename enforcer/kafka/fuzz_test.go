@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"testing"
+	"time"
 
 	"github.com/twmb/franz-go/pkg/kmsg"
 
@@ -44,7 +45,7 @@ func FuzzProduceInPlace(f *testing.F) {
 		frame, h := framed(t, kmsg.Produce, version, body)
 		e := s.queue.New()
 		defer s.queue.Free(e)
-		e.V.reset(h, "test")
+		e.V.reset(h, "test", time.Now())
 		if !s.produceInPlace(e, frame, s.view()) {
 			return
 		}

@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/twmb/franz-go/pkg/kfake"
 	"github.com/twmb/franz-go/pkg/kmsg"
 
@@ -25,6 +27,7 @@ import (
 	"klamm/enforcer/kafka/records"
 	"klamm/enforcer/kafka/wire"
 	"klamm/enforcer/policy"
+	"klamm/spiffe"
 )
 
 // ordersOnly lets everyone use the topics whose names begin with "orders", and nothing else but to look at the cluster.
@@ -61,6 +64,10 @@ type rig struct {
 	cluster *knownTopics
 	log     *auditLines
 	audit   *audit.Log
+	who     *workload // behind the connections
+	login   Login     // of the node; nil: none
+	// asWorkload: the broker knows the connection by the workload's certificate.
+	asWorkload bool
 }
 
 func newRig(t testing.TB, rules string) *rig {
@@ -79,16 +86,64 @@ func newRig(t testing.TB, rules string) *rig {
 		},
 		cluster: &knownTopics{names: map[authz.TopicID]string{}},
 		log:     new(auditLines),
+		who:     newWorkload(identified("spiffe://example.test/orders")),
 	}
 	r.audit = audit.New(r.log, "node-1")
 	return r
 }
 
-var subject = policy.Subject{Cluster: "main", SPIFFE: "spiffe://example.test/orders"}
-
 func (r *rig) conn(client, broker net.Conn) Conn {
-	return Conn{Client: client, Broker: broker, Cluster: r.cluster, Policy: subject, Audit: r.audit,
-		Subject: audit.Subject{Connection: "1", Cluster: "main"}}
+	return Conn{Client: client, Broker: broker, Cluster: r.cluster, Workload: r.who, Login: r.login,
+		AsWorkload: r.asWorkload, Policy: policy.Subject{Cluster: "main"}, Audit: r.audit,
+		Subject: audit.Subject{Connection: "1", Cluster: "main", Identity: *r.who.Identity()}}
+}
+
+// workload is a process whose identity the test changes.
+type workload struct {
+	now      atomic.Pointer[spiffe.Identity]
+	mu       sync.Mutex
+	watchers map[*func()]struct{}
+}
+
+func newWorkload(id *spiffe.Identity) *workload {
+	w := &workload{watchers: map[*func()]struct{}{}}
+	w.now.Store(id)
+	return w
+}
+
+func (w *workload) Identity() *spiffe.Identity { return w.now.Load() }
+
+func (w *workload) Watch(changed func()) func() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.watchers[&changed] = struct{}{}
+	return func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		delete(w.watchers, &changed)
+	}
+}
+
+// become changes the identity, quietly or so that the watchers hear of it.
+func (w *workload) become(id *spiffe.Identity, quietly bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.now.Store(id)
+	for changed := range w.watchers {
+		if !quietly {
+			(*changed)()
+		}
+	}
+}
+
+// identified is who SPIRE knows as id; "" is nobody.
+func identified(id string) *spiffe.Identity {
+	if id == "" {
+		return &spiffe.Identity{}
+	}
+	known := spiffeid.RequireFromString(id)
+	return &spiffe.Identity{ID: known, Source: spiffe.SourceSPIRE,
+		Evidence: []spiffe.Evidence{{Source: spiffe.SourceSPIRE, ID: known, Expires: time.Now().Add(time.Hour)}}}
 }
 
 // serve runs a session from a new client to the broker at addr. Its end is in the channel.
@@ -96,8 +151,8 @@ func (r *rig) serve(t testing.TB, addr string) (*peer, <-chan error) {
 	t.Helper()
 	broker := dialTCP(t, addr)
 	client, served := loopback(t)
-	ended := make(chan error, 1)
-	go func() { ended <- Serve(context.Background(), r.shared, r.conn(served, broker)) }()
+	conn, ended := r.conn(served, broker), make(chan error, 1)
+	go func() { ended <- Serve(context.Background(), r.shared, conn) }()
 	return newPeer(t, client), ended
 }
 
@@ -290,6 +345,9 @@ func newTrail(lines *auditLines) *audit.Trail {
 
 type auditLine struct {
 	Event, Verdict, Reason, Error, API, Topic, Outcome, Rule string
+	Change, From, To, Source, Why, Hint, Principal           string
+	SPIFFE                                                   string `json:"spiffe_id"`
+	Mechanism                                                string `json:"sasl_mechanism"`
 	Partition, Count                                         int32
 	Batches                                                  []struct {
 		BaseOffset int64 `json:"base_offset"`
@@ -332,6 +390,12 @@ func (r *rig) wantRefusal(t testing.TB, ended <-chan error, reason audit.Reason)
 	if len(lines) != 1 || lines[0].Reason != string(reason) || lines[0].Verdict != "deny" {
 		t.Errorf("the audit has the refusals %+v, not one as %q", lines, reason)
 	}
+}
+
+// refused is how often a reason was counted.
+func (r *rig) refused(t testing.TB, reason audit.Reason) float64 {
+	t.Helper()
+	return testutil.ToFloat64(r.shared.Metrics.refused[reason])
 }
 
 // patience bounds every wait, so that a failure ends in a message.

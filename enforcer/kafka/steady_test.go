@@ -9,7 +9,6 @@ import (
 	"github.com/twmb/franz-go/pkg/kmsg"
 
 	"klamm/enforcer/audit"
-	"klamm/enforcer/kafka/authz"
 	"klamm/enforcer/kafka/wire"
 )
 
@@ -39,10 +38,7 @@ func newSteady(t testing.TB, rules string, request, answer []byte) *steady {
 	rig := newRig(t, rules)
 	rig.audit = audit.New(io.Discard, "node-1")
 	c := rig.conn(nil, nil)
-	s := &session{Shared: rig.shared, conn: c, ctx: new(authz.Ctx),
-		upTrail: c.Audit.Trail(c.Subject), downTrail: c.Audit.Trail(c.Subject)}
-	s.allowed = s.mayRead
-	s.fetch.init()
+	s := newSession(t.Context(), rig.shared, c)
 	s.queue = wire.NewQueue[pending](io.Discard, maxInFlight)
 	s.up = wire.NewPipe(&again{bytes: request}, io.Discard, s.Requests, s.upTrail.Flush, nil)
 	s.down = wire.NewPipe(&again{bytes: answer}, io.Discard, s.Answers, s.downTrail.Flush, s.queue.Written)

@@ -70,37 +70,78 @@ func (a asPrincipal) names(sasl string) bool {
 	return a.pattern.matches(sasl)
 }
 
-// Login tells whether the subject's workload may log in as a SASL principal ("User:alice"; empty where the mechanism does
-// not show it). The subject's own Principal, of an earlier login, plays no part.
+// matter is what is asked about a connection.
+type matter struct {
+	name           string
+	speaks, allows func(*connection) bool
+	sasl           string // the login asked for
+}
+
+func loginAs(sasl string) matter {
+	return matter{"logins", func(c *connection) bool { return c.SASL != nil }, func(c *connection) bool {
+		return slices.ContainsFunc(c.SASL, func(a asPrincipal) bool { return a.names(sasl) })
+	}, sasl}
+}
+
+func passesThrough() matter {
+	passthrough := func(c *connection) bool { return c.Passthrough }
+	return matter{"unread TLS", passthrough, passthrough, ""}
+}
+
+// Login tells whether the subject's workload may log in as a SASL principal ("User:alice"; empty where the mechanism
+// does not show it). The subject's own Principal, of an earlier login, plays no part; conditions see the login asked
+// for, of which Facts.SASL has the rest. The answer holds as long as the facts are the same.
 //
 // As long as no entry for the cluster is about logins every login is allowed, because it gives no right by itself; from
 // the first one on only what an entry allows. Sets in observe mode only say what they would refuse.
 func (p *Policy) Login(s Subject, sasl string) Decision {
+	d, _ := p.login(s, sasl)
+	return d
+}
+
+func (p *Policy) login(s Subject, sasl string) (Decision, string) {
 	if p == nil {
-		return Decision{}
+		return Decision{}, noPolicy
 	}
-	enforced, observed := p.permits(&s, func(c *connection) (speaks, allows bool) {
-		return c.SASL != nil, slices.ContainsFunc(c.SASL, func(a asPrincipal) bool { return a.names(sasl) })
-	})
+	enforced, observed := p.permits(s, loginAs(sasl))
 	switch {
+	case enforced.allows:
+		return Decision{Allowed: true, Rule: enforced.rule}, "an entry allows it"
 	case enforced.speaks:
-		return Decision{Allowed: enforced.allows, Rule: enforced.rule}
+		return Decision{}, "there are entries about logins, and none allows it"
+	case observed.allows:
+		return Decision{Allowed: true, Rule: observed.rule}, "an entry allows it"
+	case observed.speaks:
+		return Decision{Allowed: true, WouldDeny: true},
+			"no entry allows it; it passes because the files with entries about logins are in observe mode"
 	default:
-		return Decision{Allowed: true, WouldDeny: observed.speaks && !observed.allows, Rule: observed.rule}
+		return Decision{Allowed: true}, "no entry is about logins: all are allowed"
 	}
 }
 
-// Passthrough tells whether the subject's TLS may pass unread. No rule is enforced on such a connection, so that an entry
-// must allow it, and where a set that enforces speaks of the cluster at all, one of such a set.
+// Passthrough tells whether the subject's TLS may pass unread. No rule is enforced on such a connection, so that an
+// entry must allow it, and where a set that enforces speaks of the cluster at all, one of such a set.
 func (p *Policy) Passthrough(s Subject) Decision {
+	d, _ := p.passthrough(s)
+	return d
+}
+
+func (p *Policy) passthrough(s Subject) (Decision, string) {
 	if p == nil {
-		return Decision{}
+		return Decision{}, noPolicy
 	}
-	enforced, observed := p.permits(&s, func(c *connection) (speaks, allows bool) { return c.Passthrough, c.Passthrough })
-	if enforced.allows || !p.onlyObserved(&s, func(*Set) bool { return true }) {
-		return Decision{Allowed: enforced.allows, Rule: enforced.rule}
+	enforced, observed := p.permits(s, passesThrough())
+	switch {
+	case enforced.allows:
+		return Decision{Allowed: true, Rule: enforced.rule}, "an entry allows it"
+	case !p.onlyObserved(&s, func(*Set) bool { return true }):
+		return Decision{}, "no entry allows it (default deny)"
+	case observed.allows:
+		return Decision{Allowed: true, Rule: observed.rule}, "an entry allows it"
+	default:
+		return Decision{Allowed: true, WouldDeny: true},
+			"no entry allows it; it passes because every file for this cluster is in observe mode"
 	}
-	return Decision{Allowed: true, WouldDeny: !observed.allows, Rule: observed.rule}
 }
 
 // permission is what the entries of one mode say together.
@@ -109,10 +150,10 @@ type permission struct {
 	rule           string // the first entry that allows
 }
 
-// permits asks all entries for the subject's cluster whether they speak of a matter, and whether they allow it.
-func (p *Policy) permits(s *Subject, ask func(*connection) (speaks, allows bool)) (enforced, observed permission) {
-	workload := *s
-	workload.Principal = ""
+// permits asks all entries for the subject's cluster.
+func (p *Policy) permits(s Subject, m matter) (enforced, observed permission) {
+	facts := m.facts(s)
+	s.Principal = ""
 	for _, set := range p.sets {
 		by := &enforced
 		if set.Mode == Observe {
@@ -120,15 +161,28 @@ func (p *Policy) permits(s *Subject, ask func(*connection) (speaks, allows bool)
 		}
 		for i := range set.connections {
 			c := &set.connections[i]
-			if !scoped(set.Cluster, s) || !scoped(c.Cluster, s) {
+			if !scoped(set.Cluster, &s) || !scoped(c.Cluster, &s) {
 				continue
 			}
-			speaks, allows := ask(c)
-			by.speaks = by.speaks || speaks
-			if allows && !by.allows && c.excludes(&workload) == "" && c.grants(&workload) {
+			by.speaks = by.speaks || m.speaks(c)
+			if !by.allows && m.allows(c) && c.names(&s, facts) {
 				by.allows, by.rule = true, c.Name
 			}
 		}
 	}
 	return enforced, observed
+}
+
+// facts for conditions, which see the login asked for.
+func (m matter) facts(s Subject) *known {
+	s.Principal = m.sasl
+	return newKnown(&s)
+}
+
+func (c *connection) names(s *Subject, facts *known) bool {
+	if c.excludes(s) != "" || !c.grants(s) {
+		return false
+	}
+	holds, err := c.When.holds(facts)
+	return holds && err == nil
 }

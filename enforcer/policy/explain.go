@@ -23,9 +23,20 @@ type Considered struct {
 	File    string `json:"file"`
 	Line    int    `json:"line"`
 	Mode    Mode   `json:"mode"`
-	Matched bool   `json:"matched"` // it allows or denies this access
+	Matched bool   `json:"matched"` // it allows or denies this
 	Why     string `json:"why"`
+	When    *When  `json:"when,omitempty"` // nil: it has no condition
 }
+
+// When is a rule's condition and what it comes to.
+type When struct {
+	Expression string `json:"expression"`
+	Holds      bool   `json:"holds"`
+	Error      string `json:"error,omitempty"` // why it cannot be told; the rule then denies and does not allow
+}
+
+// noPolicy is why nothing is allowed without one.
+const noPolicy = "there is no policy: everything is refused"
 
 // Explain decides as the subject's View does and says what each rule had to do with it.
 func (p *Policy) Explain(s Subject, t kmsg.ACLResourceType, name string, op kmsg.ACLOperation) Explanation {
@@ -33,23 +44,95 @@ func (p *Policy) Explain(s Subject, t kmsg.ACLResourceType, name string, op kmsg
 	e := Explanation{Allowed: d.Allowed, WouldDeny: d.WouldDeny, Rule: d.Rule, Rules: []Considered{}}
 	switch {
 	case p == nil:
-		e.Why = "there is no policy: everything is refused"
+		e.Why = noPolicy
 		return e
 	case !concrete(t, op):
 		e.Why = "Kafka has no such resource type or operation"
 		return e
 	}
 	e.Why = p.reason(&s, d)
+	facts := newKnown(&s)
 	for i, r := range p.rules {
-		c := Considered{Rule: r.Name, File: p.owner[i].File, Line: r.node.Line, Mode: p.owner[i].Mode}
-		if scoped(p.owner[i].Cluster, &s) {
-			c.Matched, c.Why = r.consider(&s, t, name, op)
-		} else {
-			c.Why = fmt.Sprintf("its file is for the cluster %q only", p.owner[i].Cluster)
+		set := p.owner[i]
+		c := set.considered(&r.scope, facts)
+		if scoped(set.Cluster, &s) {
+			c.Matched, c.Why = r.consider(&s, c.When, t, name, op)
 		}
 		e.Rules = append(e.Rules, c)
 	}
 	return e
+}
+
+// ExplainLogin decides as Login does and says what each entry for connections had to do with it.
+func (p *Policy) ExplainLogin(s Subject, sasl string) Explanation {
+	d, why := p.login(s, sasl)
+	return p.explainConnection(s, loginAs(sasl), d, why)
+}
+
+// ExplainPassthrough decides as Passthrough does and says what each entry for connections had to do with it.
+func (p *Policy) ExplainPassthrough(s Subject) Explanation {
+	d, why := p.passthrough(s)
+	return p.explainConnection(s, passesThrough(), d, why)
+}
+
+func (p *Policy) explainConnection(s Subject, m matter, d Decision, why string) Explanation {
+	e := Explanation{Allowed: d.Allowed, WouldDeny: d.WouldDeny, Rule: d.Rule, Why: why, Rules: []Considered{}}
+	if p == nil {
+		return e
+	}
+	facts := m.facts(s)
+	s.Principal = ""
+	for _, set := range p.sets {
+		for i := range set.connections {
+			connection := &set.connections[i]
+			c := set.considered(&connection.scope, facts)
+			if scoped(set.Cluster, &s) {
+				c.Matched, c.Why = connection.consider(&s, c.When, m)
+			}
+			e.Rules = append(e.Rules, c)
+		}
+	}
+	return e
+}
+
+// considered is a rule of the set, as if the set were for another cluster.
+func (s *Set) considered(r *scope, facts *known) Considered {
+	c := Considered{Rule: r.Name, File: s.File, Line: r.node.Line, Mode: s.Mode,
+		Why: fmt.Sprintf("its file is for the cluster %q only", s.Cluster)}
+	if r.When != nil {
+		c.When = &When{Expression: r.When.text}
+		var err error
+		if c.When.Holds, err = r.When.holds(facts); err != nil {
+			c.When.Error = err.Error()
+		}
+	}
+	return c
+}
+
+// fails tells that the condition is known not to hold.
+func (w *When) fails() bool { return w != nil && !w.Holds && w.Error == "" }
+
+// untold tells that it is not known whether the condition holds.
+func (w *When) untold() bool { return w != nil && w.Error != "" }
+
+func (c *connection) consider(s *Subject, when *When, m matter) (bool, string) {
+	why := c.excludes(s)
+	switch {
+	case why != "":
+		return false, why
+	case !m.speaks(c):
+		return false, "it is not about " + m.name
+	case !m.allows(c):
+		return false, "it is about other " + m.name
+	case when.fails():
+		return false, "its condition does not hold"
+	case when.untold():
+		return false, "its condition cannot be told, and then it does not allow"
+	case !c.grants(s):
+		return false, `"*" allows only who is identified`
+	default:
+		return true, "allows it"
+	}
 }
 
 // reason puts a decision in words.
@@ -57,7 +140,7 @@ func (p *Policy) reason(s *Subject, d Decision) string {
 	inScope := slices.ContainsFunc(p.sets, func(set *Set) bool { return set.rules != nil && scoped(set.Cluster, s) })
 	switch {
 	case !inScope:
-		return "no policy file is for this cluster: everything is refused"
+		return "no policy file has rules for this cluster: everything is refused"
 	case !d.Allowed && d.Rule == "":
 		return "no rule allows it (default deny)"
 	case !d.Allowed:
@@ -71,12 +154,14 @@ func (p *Policy) reason(s *Subject, d Decision) string {
 	}
 }
 
-// excludes says why the rule is not about the subject; empty when it is.
+// excludes says why the rule is not about the subject, its condition apart; empty when it is.
 func (r *scope) excludes(s *Subject) string {
 	switch {
+	case s.lost() != nil:
+		return fmt.Sprintf("nobody is behind the connection any more: %s", s.lost())
 	case !scoped(r.Cluster, s):
 		return fmt.Sprintf("it is for the cluster %q only", r.Cluster)
-	case !slices.ContainsFunc(r.Principals, func(p principal) bool { return p.names(s) }):
+	case r.Principals != nil && !slices.ContainsFunc(r.Principals, func(p principal) bool { return p.names(s) }):
 		return "none of its principals matches"
 	case len(r.Hosts) > 0 && !slices.ContainsFunc(r.Hosts, func(h host) bool { return h.names(s) }):
 		return "none of its hosts matches"
@@ -85,9 +170,13 @@ func (r *scope) excludes(s *Subject) string {
 }
 
 // consider tells whether the rule allows or denies the access, and by which entry, or why it does neither.
-func (r *rule) consider(s *Subject, t kmsg.ACLResourceType, name string, op kmsg.ACLOperation) (bool, string) {
+func (r *rule) consider(s *Subject, when *When, t kmsg.ACLResourceType, name string, op kmsg.ACLOperation) (
+	bool, string) {
 	if why := r.excludes(s); why != "" {
 		return false, why
+	}
+	if when.fails() {
+		return false, "its condition does not hold"
 	}
 	var others []string
 	for _, part := range []struct {
@@ -96,14 +185,21 @@ func (r *rule) consider(s *Subject, t kmsg.ACLResourceType, name string, op kmsg
 		deny    bool
 	}{{"denies", r.Deny, true}, {"allows", r.Allow, false}} {
 		for _, e := range part.entries {
+			says := fmt.Sprintf("%s %s (line %d)", part.verb, e, e.node.Line)
 			switch {
 			case e.kind != t || !e.pattern.matches(name):
 			case !e.operations.effective(!part.deny).has(op):
 				others = append(others, fmt.Sprintf("%s only %s (line %d)", part.verb, e, e.node.Line))
-			case !part.deny && !r.grants(s):
-				others = append(others, fmt.Sprintf(`allows %s (line %d), but "*" allows only who is identified`, e, e.node.Line))
+			case part.deny && when.untold():
+				return true, says + ", as it does where its condition cannot be told"
+			case part.deny:
+				return true, says
+			case when.untold():
+				others = append(others, says+", but not where its condition cannot be told")
+			case !r.grants(s):
+				others = append(others, says+`, but "*" allows only who is identified`)
 			default:
-				return true, fmt.Sprintf("%s %s (line %d)", part.verb, e, e.node.Line)
+				return true, says
 			}
 		}
 	}

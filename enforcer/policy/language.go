@@ -134,34 +134,37 @@ func (r *rule) UnmarshalYAML(node *yaml.Node) error {
 	return strict.Join(node, r.check(), err)
 }
 
-// scope is whom a rule is about, and its name. It names a subject when its cluster, one of its principals and one of
-// its hosts do.
+// scope is whom a rule is about, and its name. It names a subject when its cluster, one of its principals, one of its
+// hosts and its condition do.
 type scope struct {
 	Name       string      `yaml:"name" strict:"required"`
-	Cluster    string      `yaml:"cluster"` // empty: every cluster of the set
-	Principals []principal `yaml:"principals" strict:"required"`
-	Hosts      []host      `yaml:"hosts"` // empty: every host
+	Cluster    string      `yaml:"cluster"`    // empty: every cluster of the set
+	Principals []principal `yaml:"principals"` // nil: whoever the condition names
+	Hosts      []host      `yaml:"hosts"`      // empty: every host
+	When       *condition  `yaml:"when"`       // nil: it holds
 
 	node *yaml.Node
 }
 
-func (s *scope) check() error {
+func (r *scope) check() error {
 	var errs []error
 	for _, c := range []struct {
 		broken bool
 		say    string
 	}{
-		{strings.TrimSpace(s.Name) == "", "the name is empty: the audit names rules by it"},
-		{strings.ContainsFunc(s.Name, unicode.IsControl),
+		{strings.TrimSpace(r.Name) == "", "the name is empty: the audit names rules by it"},
+		{strings.ContainsFunc(r.Name, unicode.IsControl),
 			"the name holds control characters, which would garble what is printed"},
-		{len(s.Principals) == 0, `principals is empty: list who the rule is about, ["*"] for everyone identified`},
-		{s.Hosts != nil && len(s.Hosts) == 0, "hosts is empty: leave the key out for every host"},
+		{r.Principals == nil && r.When == nil, `the key "principals" is missing`},
+		{r.Principals != nil && len(r.Principals) == 0,
+			`principals is empty: list who the rule is about, ["*"] for everyone identified`},
+		{r.Hosts != nil && len(r.Hosts) == 0, "hosts is empty: leave the key out for every host"},
 	} {
 		if c.broken {
-			errs = append(errs, strict.Errorf(s.node, "%s", c.say))
+			errs = append(errs, strict.Errorf(r.node, "%s", c.say))
 		}
 	}
-	return strict.Join(s.node, errs...)
+	return strict.Join(r.node, errs...)
 }
 
 // entry is operations on the resources of one type that a pattern matches.

@@ -20,15 +20,16 @@ type Policy struct {
 	byHosts bool    // some rule has hosts
 
 	mu       sync.Mutex
-	subjects map[Subject]*View
-	views    map[string]*View // by the rules that name the subject
-	weight   int              // nodes of all views kept
+	subjects map[Subject]*View // without their facts
+	views    map[string]*View  // by the rules that name the subject
+	weight   int               // of all views kept, in nodes
 }
 
 // What the caches keep at most: beyond it they start afresh, connections keep the views they hold.
 const (
 	maxSubjects = 16384
-	maxWeight   = 1 << 20 // nodes, of about 150 bytes with their row
+	maxWeight   = 1 << 20 // nodes
+	nodeSize    = 150     // bytes of a node with its row, about
 )
 
 // New makes a policy of rule sets. Their order matters only for which of several matching rules a decision names.
@@ -45,36 +46,32 @@ func New(sets ...*Set) *Policy {
 }
 
 // For is the view of a subject. It is compiled on the first call for a set of rules and shared by all subjects the same
-// rules name.
+// rules name. Conditions are evaluated in each call; where none of the rules that could name the subject has one, a
+// subject is remembered.
 func (p *Policy) For(s Subject) *View {
 	if p == nil {
 		return nil
 	}
+	key := s
+	key.Facts = nil
 	if !p.byHosts {
-		s.Host = netip.Addr{}
+		key.Host = netip.Addr{}
 	}
-	if v := p.remembered(s); v != nil {
-		return v
-	}
-	selected, observed := p.selects(&s)
-	flags := byte(0)
-	for i, set := range []bool{observed, s.anonymous()} {
-		if set {
-			flags |= 1 << i
+	if s.lost() == nil {
+		if v := p.remembered(key); v != nil {
+			return v
 		}
 	}
-	key := []byte{flags}
-	for _, i := range selected {
-		key = binary.AppendUvarint(key, uint64(i))
+	return p.look(s, key)
+}
+
+// look finds the view by the rules that name the subject, and remembers it by key where that is all there is to it.
+func (p *Policy) look(s, key Subject) *View {
+	selected, conditional := p.selects(&s)
+	if conditional || s.lost() != nil {
+		return p.view(selected, p.observes(&s), nil)
 	}
-	p.mu.Lock()
-	v := p.views[string(key)]
-	p.mu.Unlock()
-	if v == nil {
-		v = compile(p.accesses(&s, selected), observed, func(i int) string { return p.rules[i].Name })
-	}
-	p.remember(s, string(key), v)
-	return v
+	return p.view(selected, p.observes(&s), &key)
 }
 
 // Nobody is the view of a subject whom no rule names any more: it has no right. Sets in observe mode only say so.
@@ -82,17 +79,58 @@ func (p *Policy) Nobody(s Subject) *View {
 	if p == nil {
 		return nil
 	}
-	return compile(nil, p.observes(&s), func(int) string { return "" })
+	return p.view(nil, p.observes(&s), nil)
 }
 
-// selects finds the rules that name the subject, and whether only sets in observe mode have rules for its cluster.
-func (p *Policy) selects(s *Subject) (selected []int, observed bool) {
+// view is shared by all subjects whom the same rules name. Where a subject is given it is remembered.
+func (p *Policy) view(selected []choice, observed bool, of *Subject) *View {
+	rules := []byte{0}
+	if observed {
+		rules[0] = 1
+	}
+	for _, c := range selected {
+		rules = binary.AppendUvarint(rules, c.code())
+	}
+	p.mu.Lock()
+	v := p.views[string(rules)]
+	p.mu.Unlock()
+	if v == nil {
+		v = compile(p.accesses(selected), observed, func(i int) string { return p.rules[i].Name })
+	}
+	p.keep(string(rules), v, of)
+	return v
+}
+
+// choice is a rule that names a subject.
+type choice struct {
+	rule    int  // index
+	granted bool // its allows count, and not its denies alone
+}
+
+func (c choice) code() uint64 {
+	code := uint64(c.rule) << 1
+	if c.granted {
+		code |= 1
+	}
+	return code
+}
+
+// selects finds the rules that name the subject, and whether conditions had a part in it. Where it cannot be told
+// whether a condition holds, the rule denies and does not allow: both are the safe side.
+func (p *Policy) selects(s *Subject) (selected []choice, conditional bool) {
+	facts := newKnown(s)
 	for i, r := range p.rules {
-		if scoped(p.owner[i].Cluster, s) && r.excludes(s) == "" {
-			selected = append(selected, i)
+		if !scoped(p.owner[i].Cluster, s) || r.excludes(s) != "" {
+			continue
+		}
+		conditional = conditional || r.When != nil
+		holds, err := r.When.holds(facts)
+		granted := holds && r.grants(s)
+		if granted || (holds || err != nil) && len(r.Deny) > 0 {
+			selected = append(selected, choice{i, granted})
 		}
 	}
-	return selected, p.observes(s)
+	return selected, conditional
 }
 
 // observes tells whether only sets in observe mode have rules for the subject's cluster.
@@ -117,27 +155,28 @@ func (p *Policy) onlyObserved(s *Subject, such func(*Set) bool) bool {
 // scoped tells whether a set or rule for this cluster speaks of the subject's.
 func scoped(cluster string, s *Subject) bool { return cluster == "" || cluster == s.Cluster }
 
-func (p *Policy) accesses(s *Subject, selected []int) []access {
+func (p *Policy) accesses(selected []choice) []access {
 	var all []access
-	for _, i := range selected {
-		watch := p.owner[i].Mode == Observe
-		for _, e := range p.rules[i].Deny {
-			all = append(all, access{entry: e, rule: i, deny: true, watch: watch})
+	for _, c := range selected {
+		watch := p.owner[c.rule].Mode == Observe
+		for _, e := range p.rules[c.rule].Deny {
+			all = append(all, access{entry: e, rule: c.rule, deny: true, watch: watch})
 		}
-		if !p.rules[i].grants(s) {
+		if !c.granted {
 			continue
 		}
-		for _, e := range p.rules[i].Allow {
-			all = append(all, access{entry: e, rule: i, watch: watch})
+		for _, e := range p.rules[c.rule].Allow {
+			all = append(all, access{entry: e, rule: c.rule, watch: watch})
 		}
 	}
 	return all
 }
 
-// grants tells whether what is allowed is for the subject too. "*" denies everyone, but allows only who is
-// identified: both are the safe side.
+// grants tells whether what is allowed is for the subject too. "*" denies everyone, but allows only who is identified:
+// both are the safe side.
 func (r *scope) grants(s *Subject) bool {
-	return !s.anonymous() || slices.ContainsFunc(r.Principals, func(p principal) bool { return p.kind == anonymous })
+	return r.Principals == nil || !s.anonymous() ||
+		slices.ContainsFunc(r.Principals, func(p principal) bool { return p.kind == anonymous })
 }
 
 func (p *Policy) remembered(s Subject) *View {
@@ -146,8 +185,9 @@ func (p *Policy) remembered(s Subject) *View {
 	return p.subjects[s]
 }
 
-func (p *Policy) remember(s Subject, key string, v *View) {
-	weight := 0
+// keep puts a view, and the subject that is given, into the cache.
+func (p *Policy) keep(rules string, v *View, of *Subject) {
+	weight := 1 + len(rules)/nodeSize
 	for i := range v.trees {
 		weight += len(v.trees[i].nodes)
 	}
@@ -158,9 +198,11 @@ func (p *Policy) remember(s Subject, key string, v *View) {
 		clear(p.views)
 		p.weight = 0
 	}
-	if _, kept := p.views[key]; !kept {
-		p.views[key] = v
+	if _, kept := p.views[rules]; !kept {
+		p.views[rules] = v
 		p.weight += weight
 	}
-	p.subjects[s] = v
+	if of != nil {
+		p.subjects[*of] = v
+	}
 }

@@ -439,6 +439,33 @@ rules:
 rules:
 - {name: r, principals: ["*"], allow: [{topic: ab, operations: [Create]}]}
 - {name: d, principals: ["User:*"], deny: [{topic: a*, operations: [Create]}]}`, ``},
+		"an allow that a deny takes back on a condition": {`
+rules:
+- {name: r, principals: ["*"], allow: [{topic: ab, operations: [Create]}]}
+- {name: d, principals: ["*"], when: claims.a == 1, deny: [{topic: a*, operations: [Create]}]}`, ``},
+		"an allow of whoever a condition names that a deny of others takes back": {`
+rules:
+- {name: r, when: claims.a == 1, allow: [{topic: ab, operations: [Create]}]}
+- {name: d, principals: ["User:*"], deny: [{topic: a*, operations: [Create]}]}`, ``},
+		"a condition that is always the same": {`
+rules:
+- {name: r, principals: ["*"], when: "1 < 2", deny: [{topic: ab, operations: [Create]}]}`,
+			`f:3:38: the condition is always the same: it looks at nothing`},
+		"a condition on no workload": {`
+rules:
+- {name: r, when: host == "192.0.2.1", allow: [{topic: ab, operations: [Create]}]}
+- {name: s, principals: ["*"], when: host == "192.0.2.1", allow: [{topic: ab, operations: [Create]}]}`,
+			`f:3:19: the condition looks at nothing of the workload: rule "r" is about everyone, identified or not`},
+		"an entry for another cluster than its file's": {`
+cluster: a
+connections:
+- {name: r, cluster: b, principals: ["*"], passthrough: true}`,
+			`f:4:3: rule "r" never matches: it is for the cluster "b", its file for "a" only`},
+		"a login looked at where none is seen": {`
+connections:
+- {name: r, when: sasl.principal == "User:a", passthrough: true}
+- {name: s, when: sasl.principal == "User:a", sasl: ["User:*"], passthrough: true}`,
+			`f:3:19: no login is known of a connection whose TLS passes unread`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			found := mustParse(t, "f", "apiVersion: klamm/v1"+c.in).Warnings()
@@ -458,6 +485,10 @@ func FuzzParse(f *testing.F) {
 	f.Add([]byte("apiVersion: klamm/v1\nmode: observe\ncluster: c\nrules: []"))
 	f.Add([]byte(`{apiVersion: klamm/v1, rules: [{name: r, principals: ["*"],
 		deny: [{topic: {prefix: a}, operations: [All]}]}]}`))
+	f.Add([]byte(`{apiVersion: klamm/v1, connections: [{name: c, when: "has(claims.a)", sasl: ["*", "User:*", "User:a"]},
+		{name: d, principals: [anonymous], hosts: [10.0.0.0/8], passthrough: true}]}`))
+	f.Add([]byte("apiVersion: klamm/v1\nrules:\n- name: r\n  when: |\n    claims.n == 3 &&\n    sources.sasl.claims.sub " +
+		"!= ''\n  allow: [{topic: '*', operations: [All]}]"))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		s, err := Parse("f", data)
 		var errs strict.Errors
@@ -469,7 +500,10 @@ func FuzzParse(f *testing.F) {
 		}
 		s.Warnings()
 		p := New(s)
-		for _, who := range []Subject{{}, {Principal: "User:alice"}, {SPIFFE: "spiffe://example.test/ns/analytics/x"}} {
+		for _, who := range []Subject{{}, {Principal: "User:alice"}, {SPIFFE: "spiffe://example.test/ns/analytics/x"},
+			somebody()} {
+			checkConnectionExplained(t, p.ExplainLogin(who, "User:alice"), p.Login(who, "User:alice"))
+			checkConnectionExplained(t, p.ExplainPassthrough(who), p.Passthrough(who))
 			d := p.For(who).Decide(topic, "orders.placed", read)
 			if e := p.Explain(who, topic, "orders.placed", read); e.Allowed != d.Allowed || e.Rule != d.Rule {
 				t.Fatalf("decided %+v, explained %+v", d, e)

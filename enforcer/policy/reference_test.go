@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"github.com/twmb/franz-go/pkg/kmsg"
+
+	"klamm/spiffe"
 )
 
 // acl is an ACL as Kafka keeps it: one principal, one pattern, one operation.
@@ -19,6 +21,46 @@ type acl struct {
 	name      string
 	prefix    bool
 	op        string
+	when      int // index into conditions
+}
+
+// claimed are the claims a and b of a subject; 0 is none.
+type claimed struct{ a, b int }
+
+// conditions of rules, and what they come to: yes, no, or untold.
+var conditions = []struct {
+	text string
+	is   func(claimed) string
+}{
+	{"", func(claimed) string { return "yes" }},
+	{"claims.a == 1", func(c claimed) string { return tell(c.a, c.a == 1) }},
+	{"has(claims.a) && claims.a == 1", func(c claimed) string { return tell(1, c.a == 1) }},
+	{"claims.a != 1 || claims.b == 1", func(c claimed) string {
+		a, b := tell(c.a, c.a != 1), tell(c.b, c.b == 1)
+		switch {
+		case a == "yes" || b == "yes":
+			return "yes"
+		case a == "untold" || b == "untold":
+			return "untold"
+		}
+		return "no"
+	}},
+}
+
+func tell(claim int, is bool) string {
+	switch {
+	case claim == 0:
+		return "untold"
+	case is:
+		return "yes"
+	}
+	return "no"
+}
+
+// counts tells whether the ACL is to be looked at: what cannot be told denies, and does not allow.
+func (a acl) counts(c claimed) bool {
+	is := conditions[a.when].is(c)
+	return is == "yes" || is == "untold" && a.deny
 }
 
 func (a acl) wildcard() bool { return a.name == "*" && !a.prefix }
@@ -112,10 +154,14 @@ func randomWorld(t *testing.T, r *rand.Rand) world {
 		for i := range 1 + r.IntN(6) {
 			a := acl{
 				rule: fmt.Sprintf("set %d rule %d", set, i), set: set, deny: r.IntN(3) == 0,
-				principal: []string{"*", "User:a", "User:b"}[r.IntN(3)],
+				principal: []string{"*", "User:a", "User:b"}[r.IntN(3)], when: r.IntN(2) * r.IntN(len(conditions)),
 			}
 			verb := map[bool]string{true: "deny", false: "allow"}[a.deny]
-			fmt.Fprintf(&text, "- name: %s\n  principals: [%q]\n  %s:\n", a.rule, a.principal, verb)
+			fmt.Fprintf(&text, "- name: %s\n  principals: [%q]\n", a.rule, a.principal)
+			if a.when > 0 {
+				fmt.Fprintf(&text, "  when: %q\n", conditions[a.when].text)
+			}
+			fmt.Fprintf(&text, "  %s:\n", verb)
 			for range 1 + r.IntN(4) {
 				a.name, a.prefix = randomName(r), r.IntN(2) == 0
 				form := fmt.Sprintf("{literal: %q}", a.name)
@@ -139,10 +185,26 @@ func randomWorld(t *testing.T, r *rand.Rand) world {
 	return w
 }
 
-func (w world) of(principal string, observed bool) []acl {
+// person is a subject of a world.
+type person struct {
+	principal string
+	claimed
+}
+
+func (p person) subject() Subject {
+	claims := map[string]any{}
+	for name, n := range map[string]int{"a": p.a, "b": p.b} {
+		if n != 0 {
+			claims[name] = n
+		}
+	}
+	return Subject{Principal: p.principal, Facts: &Facts{Identity: &spiffe.Identity{Claims: claims}}}
+}
+
+func (w world) of(who person, observed bool) []acl {
 	var acls []acl
 	for _, a := range w.acls {
-		if w.observed[a.set] == observed && (a.principal == "*" || a.principal == principal) {
+		if w.observed[a.set] == observed && (a.principal == "*" || a.principal == who.principal) && a.counts(who.claimed) {
 			acls = append(acls, a)
 		}
 	}
@@ -150,9 +212,9 @@ func (w world) of(principal string, observed bool) []acl {
 }
 
 // decide is the reference for several sets: enforced ones decide, observed ones comment.
-func (w world) decide(principal, name, op string) Decision {
-	allowed, denied := authorize(w.of(principal, false), name, op)
-	watchAllowed, watchDenied := authorize(w.of(principal, true), name, op)
+func (w world) decide(who person, name, op string) Decision {
+	allowed, denied := authorize(w.of(who, false), name, op)
+	watchAllowed, watchDenied := authorize(w.of(who, true), name, op)
 	if !slices.Contains(w.observed, false) {
 		return Decision{Allowed: true, WouldDeny: watchDenied || !watchAllowed}
 	}
@@ -160,8 +222,8 @@ func (w world) decide(principal, name, op string) Decision {
 	return Decision{Allowed: pass, WouldDeny: pass && watchDenied}
 }
 
-func (w world) decideAny(principal, op string) Decision {
-	enforced, watched := w.of(principal, false), w.of(principal, true)
+func (w world) decideAny(who person, op string) Decision {
+	enforced, watched := w.of(who, false), w.of(who, true)
 	if !slices.Contains(w.observed, false) {
 		return Decision{Allowed: true, WouldDeny: !authorizeByResourceType(watched, op)}
 	}
@@ -180,20 +242,21 @@ func checkRandomWorld(t *testing.T, seed uint64) {
 	r := rand.New(rand.NewPCG(seed, 0))
 	w := randomWorld(t, r)
 	p := New(w.sets...)
-	for _, user := range []string{"User:a", "User:b", "User:c"} {
-		s := Subject{Principal: user}
+	for i := range 4 {
+		user := person{"User:" + string("abc"[i%3]), claimed{r.IntN(3), r.IntN(3)}}
+		s := user.subject()
 		v := p.For(s)
 		for op := kmsg.ACLOperationRead; op < operationCodes; op++ {
 			opName := operationNames[op]
 			got, want := v.DecideAny(topic, op), w.decideAny(user, opName)
 			if got.Allowed != want.Allowed || got.WouldDeny != want.WouldDeny {
-				t.Fatalf("seed %d: %s %s any topic: got %+v, want %+v of\n%+v", seed, user, opName, got, want, w.acls)
+				t.Fatalf("seed %d: %+v %s any topic: got %+v, want %+v of\n%+v", seed, user, opName, got, want, w.acls)
 			}
-			for range 8 {
+			for range 4 {
 				name := randomName(r)
 				got, want := v.Decide(topic, name, op), w.decide(user, name, opName)
 				if got.Allowed != want.Allowed || got.WouldDeny != want.WouldDeny {
-					t.Fatalf("seed %d: %s %s %q: got %+v, want %+v of\n%+v", seed, user, opName, name, got, want, w.acls)
+					t.Fatalf("seed %d: %+v %s %q: got %+v, want %+v of\n%+v", seed, user, opName, name, got, want, w.acls)
 				}
 				checkExplained(t, p, s, name, op, got)
 			}
@@ -221,7 +284,7 @@ func checkExplained(t *testing.T, p *Policy, s Subject, name string, op kmsg.ACL
 }
 
 func TestDecisionsAreThoseOfAPlainEvaluator(t *testing.T) {
-	for seed := range uint64(500) {
+	for seed := range uint64(250) {
 		checkRandomWorld(t, seed)
 	}
 }
@@ -273,13 +336,51 @@ func BenchmarkForOfAKnownSubject(b *testing.B) {
 	}
 }
 
+// conditionalPolicy has n rules with a condition, of which the subject meets every tenth.
+func conditionalPolicy(b *testing.B, n int) (*Policy, Subject) {
+	text := strings.Builder{}
+	text.WriteString("apiVersion: klamm/v1\nrules:\n")
+	for i := range n {
+		fmt.Fprintf(&text, "- {name: rule %d, principals: ['spiffe://t/*'], when: 'claims.team == \"team-%d\" && "+
+			"process.uid >= 1000', allow: [{topic: team-%d.*, operations: [Write]}]}\n", i, i%10, i)
+	}
+	s, err := Parse("conditions", []byte(text.String()))
+	if err != nil {
+		b.Fatal(err)
+	}
+	return New(s), Subject{SPIFFE: "spiffe://t/a", Facts: &Facts{Identity: &spiffe.Identity{
+		Claims: map[string]any{"team": "team-1"}, Process: spiffe.Process{PID: 1, UID: 1000}}}}
+}
+
+func BenchmarkForWith1000Conditions(b *testing.B) {
+	p, s := conditionalPolicy(b, 1000)
+	b.ReportAllocs()
+	for b.Loop() {
+		p.For(s)
+	}
+}
+
+func BenchmarkForWithOneCondition(b *testing.B) {
+	p, s := conditionalPolicy(b, 1)
+	b.ReportAllocs()
+	for b.Loop() {
+		p.For(s)
+	}
+}
+
+func BenchmarkParse1000Conditions(b *testing.B) {
+	for b.Loop() {
+		conditionalPolicy(b, 1000)
+	}
+}
+
 func BenchmarkCompile10000Rules(b *testing.B) {
 	p, _ := bigPolicy(b, 10_000)
 	s := Subject{Principal: "User:a"}
 	b.ReportAllocs()
 	for b.Loop() {
-		selected, observed := p.selects(&s)
-		compile(p.accesses(&s, selected), observed, func(i int) string { return p.rules[i].Name })
+		selected, _ := p.selects(&s)
+		compile(p.accesses(selected), p.observes(&s), func(i int) string { return p.rules[i].Name })
 	}
 }
 

@@ -31,6 +31,9 @@ type SASL struct {
 	Token     *spiffe.Evidence // of OAUTHBEARER, where we verified its token
 }
 
+// lost says why nobody is behind the connection any more, who then has no right; nil while somebody is.
+func (s *Subject) lost() error { return s.identity().Lost }
+
 // anonymous tells that nothing is known about who the subject is.
 func (s *Subject) anonymous() bool { return s.SPIFFE == "" && s.Principal == "" }
 

@@ -14,22 +14,13 @@ import (
 // legalTopic is what Kafka accepts in a topic's name (Topic.validate).
 var legalTopic = regexp.MustCompile(`^[a-zA-Z0-9._-]{0,249}$`)
 
-// Warnings lists, rule by rule, what is valid but hardly meant: rules that never match, allows that a deny always takes
-// back, operations that say nothing.
+// Warnings lists what is valid but hardly meant: rules that never match, allows that a deny always takes back,
+// operations and conditions that say nothing.
 func (s *Set) Warnings() []strict.Error {
 	w := warner{file: s.File}
 	for i := range s.rules {
 		r := &s.rules[i]
-		if s.Cluster != "" && r.Cluster != "" && r.Cluster != s.Cluster {
-			w.warn(r.node, "rule %q never matches: it is for the cluster %q, its file for %q only",
-				r.Name, r.Cluster, s.Cluster)
-		}
-		for _, p := range r.Principals {
-			if p.kind == login && !p.pattern.prefix && strings.HasSuffix(p.pattern.text, "*") {
-				w.warn(r.node, "rule %q: %q is one user whose name ends in *, as in Kafka's ACLs, and no pattern",
-					r.Name, p.pattern.text)
-			}
-		}
+		w.scope(s.Cluster, &r.scope)
 		for _, e := range slices.Concat(r.Allow, r.Deny) {
 			w.entry(e)
 		}
@@ -37,6 +28,13 @@ func (s *Set) Warnings() []strict.Error {
 			if by := s.deniedBy(r, e); by != "" {
 				w.warn(e.node, "this allow has no effect: rule %q denies all of it", by)
 			}
+		}
+	}
+	for i := range s.connections {
+		c := &s.connections[i]
+		w.scope(s.Cluster, &c.scope)
+		if c.SASL == nil && c.When != nil && slices.Contains(c.When.reads, "sasl") {
+			w.warn(c.When.node, "no login is known of a connection whose TLS passes unread")
 		}
 	}
 	return w.found
@@ -51,6 +49,27 @@ func (w *warner) warn(node *yaml.Node, format string, args ...any) {
 	e := strict.Errorf(node, format, args...)
 	e.File = w.file
 	w.found = append(w.found, e)
+}
+
+func (w *warner) scope(cluster string, r *scope) {
+	if cluster != "" && r.Cluster != "" && r.Cluster != cluster {
+		w.warn(r.node, "rule %q never matches: it is for the cluster %q, its file for %q only", r.Name, r.Cluster, cluster)
+	}
+	for _, p := range r.Principals {
+		if p.kind == login && !p.pattern.prefix && strings.HasSuffix(p.pattern.text, "*") {
+			w.warn(r.node, "rule %q: %q is one user whose name ends in *, as in Kafka's ACLs, and no pattern",
+				r.Name, p.pattern.text)
+		}
+	}
+	ofWorkload := func(name string) bool { return name != "cluster" && name != "host" }
+	switch {
+	case r.When == nil:
+	case len(r.When.reads) == 0:
+		w.warn(r.When.node, "the condition is always the same: it looks at nothing")
+	case r.Principals == nil && !slices.ContainsFunc(r.When.reads, ofWorkload):
+		w.warn(r.When.node, "the condition looks at nothing of the workload: rule %q is about everyone, identified or not",
+			r.Name)
+	}
 }
 
 func (w *warner) entry(e entry) {
@@ -79,7 +98,7 @@ func (s *Set) deniedBy(r *rule, allow entry) string {
 
 // about tells whether the scope names every subject that q names.
 func (r *scope) about(q *scope) bool {
-	return (r.Cluster == "" || r.Cluster == q.Cluster) &&
+	return r.When == nil && q.Principals != nil && (r.Cluster == "" || r.Cluster == q.Cluster) &&
 		all(q.Principals, func(b principal) bool {
 			return slices.ContainsFunc(r.Principals, func(a principal) bool { return a.covers(b) })
 		}) &&

@@ -29,6 +29,16 @@ func Client(conn net.Conn, conf *tls.Config) *Conn {
 	return &Conn{tls.Client(s, conf), s}
 }
 
+// Read may end without a close_notify, as it does when the other side dies: Kafka's frames tell by themselves where they
+// end.
+func (c *Conn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if errors.Is(err, io.ErrUnexpectedEOF) {
+		err = io.EOF
+	}
+	return n, err
+}
+
 // TryRead is Read that does not wait: unix.EAGAIN tells that nothing is there. Where the connection below is no socket
 // it waits.
 func (c *Conn) TryRead(b []byte) (int, error) {

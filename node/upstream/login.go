@@ -122,8 +122,8 @@ type Login struct {
 	due       atomic.Int64 // Unix time in ns; 0: never
 }
 
-// Due is when the login must be renewed (KIP-368); zero: never. It leaves a sixth of the session's life to wait for a
-// broker that is at work on earlier requests.
+// Due is when the login must be renewed (KIP-368); zero: never. What is left of the session's life then is for a broker
+// that is at work on earlier requests.
 func (l *Login) Due() time.Time {
 	if ns := l.due.Load(); ns != 0 {
 		return time.Unix(0, ns)
@@ -191,7 +191,8 @@ func (l *Login) handshake(call func(kmsg.Request) (kmsg.Response, error)) error 
 	return nil
 }
 
-func authenticate(call func(kmsg.Request) (kmsg.Response, error), message []byte) (*kmsg.SASLAuthenticateResponse, error) {
+func authenticate(call func(kmsg.Request) (kmsg.Response, error), message []byte) (
+	*kmsg.SASLAuthenticateResponse, error) {
 	req := kmsg.NewPtrSASLAuthenticateRequest()
 	req.Version, req.SASLAuthBytes = 1, message
 	resp, err := call(req)
@@ -212,8 +213,8 @@ func authenticate(call func(kmsg.Request) (kmsg.Response, error), message []byte
 	return answer, nil
 }
 
-// renew plans the next login for 75 to 85 % of the session's life, so that connections do not come all at once. A broker
-// takes no second login within a second.
+// renew plans the next login for 75 to 85 % of the session's life, so that connections do not come all at once. A
+// broker takes no second login within a second.
 func (l *Login) renew(from time.Time, life time.Duration) {
 	if life <= 0 {
 		l.due.Store(0)

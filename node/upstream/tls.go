@@ -7,13 +7,14 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+
+	"klamm/node/secure"
 )
 
 // TLS says how brokers are verified, and what they are shown. Files are read anew at each handshake.
@@ -168,7 +169,7 @@ func (v *verifier) handshake(ctx context.Context, conn net.Conn, broker string, 
 			return certificate, nil
 		}
 	}
-	s.Conn = tls.Client(conn, conf)
+	s.Conn = secure.Client(conn, conf)
 	if err := s.HandshakeContext(ctx); err != nil {
 		return nil, fmt.Errorf("%w: %s: %w", ErrTLS, v.wanted(conf), err)
 	}
@@ -183,18 +184,8 @@ func (v *verifier) wanted(conf *tls.Config) string {
 	return "want " + conf.ServerName
 }
 
-// secured is a TLS connection. It may end without a close_notify, as it does when a broker dies: Kafka's frames tell by
-// themselves where they end.
+// secured is a TLS connection.
 type secured struct {
-	*tls.Conn
+	*secure.Conn
 	shown bool // our certificate, for the broker asked
-}
-
-// Read implements net.Conn.
-func (s *secured) Read(b []byte) (int, error) {
-	n, err := s.Conn.Read(b)
-	if errors.Is(err, io.ErrUnexpectedEOF) {
-		err = io.EOF
-	}
-	return n, err
 }

@@ -25,8 +25,8 @@ const (
 	tokenMargin = 5 * time.Second
 )
 
-// tokens are the access tokens of client credentials, one for all connections. A token is replaced once half of its life
-// is over, in the background: an endpoint that is down is noticed by nobody before the token's end.
+// tokens are the access tokens of client credentials, one for all connections. A token is replaced in the background
+// once half of its life is over: an endpoint that is down is noticed by nobody before the token's end.
 type tokens struct {
 	credentials *Credentials
 	dial        func(ctx context.Context, network, address string) (net.Conn, error)

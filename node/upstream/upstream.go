@@ -61,7 +61,8 @@ func New(o Options) (*Upstream, error) {
 	return u, nil
 }
 
-// Dialer makes the connections of a client of the node's own, on behalf of who. The broker is verified by the name dialled.
+// Dialer makes the connections of a client of the node's own, on behalf of who. The broker is verified by the name
+// dialled.
 func (u *Upstream) Dialer(dial func(ctx context.Context, network, address string) (net.Conn, error), who Identity,
 ) func(ctx context.Context, network, address string) (net.Conn, error) {
 	if u.tls == nil {
@@ -106,10 +107,13 @@ func (u *Upstream) Open(ctx context.Context, conn net.Conn, name string, who Ide
 	if err == nil {
 		err = context.Cause(ctx)
 	}
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("broker %s: %w", name, err), conn.Close())
+	if err == nil {
+		return b, nil
 	}
-	return b, nil
+	if b.Login == nil { // whose errors say it themselves
+		err = fmt.Errorf("broker %s: %w", name, err)
+	}
+	return nil, errors.Join(err, conn.Close())
 }
 
 func (u *Upstream) open(ctx context.Context, b *Broker, name string, who Identity) error {
@@ -168,6 +172,9 @@ func hello(conn net.Conn) error {
 	}
 	return nil
 }
+
+// AsWorkload tells whether the broker knows the workload by its SVID.
+func (b *Broker) AsWorkload() bool { return b.svid != nil }
 
 // Current tells whether the broker still knows the workload as who it is: nil, or why not. An SVID that was replaced by
 // one of the same SPIFFE ID and subject is as good, for Kafka takes no more than these from it.

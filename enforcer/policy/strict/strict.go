@@ -23,6 +23,9 @@ type Error struct {
 	Line    int    `json:"line"`             // from 1
 	Column  int    `json:"column,omitempty"` // from 1; 0 where the YAML scanner names the line only
 	Message string `json:"message"`
+
+	scalar *yaml.Node // it is inside of this one
+	at     int        // so many characters into its value
 }
 
 // Error is "file:line:col: message".
@@ -97,7 +100,7 @@ func (a *At[T]) UnmarshalYAML(node *yaml.Node) error {
 // Keys are the fields' `yaml:"name"` tags ("-" hides a field, ",inline" lifts the keys of a struct); a field tagged
 // `strict:"required"` must be there. Beside structs, pointers, slices, maps with string keys, strings, booleans,
 // numbers and time.Duration, a type decodes itself by UnmarshalYAML(*yaml.Node) error or by encoding.TextUnmarshaler;
-// there, Errorf gives an error its position and Node decodes a part with the same strictness.
+// there, Errorf and Within give an error its position and Node decodes a part with the same strictness.
 //
 // The error is an Errors. On error out is partly filled and must not be used.
 func Decode(file string, data []byte, out any) error {
@@ -105,12 +108,13 @@ func Decode(file string, data []byte, out any) error {
 	if len(errs) == 0 {
 		return nil
 	}
+	for i := range errs {
+		errs[i].File = file
+		errs[i].locate(data)
+	}
 	slices.SortStableFunc(errs, func(a, b Error) int {
 		return cmp.Or(cmp.Compare(a.Line, b.Line), cmp.Compare(a.Column, b.Column))
 	})
-	for i := range errs {
-		errs[i].File = file
-	}
 	return errs
 }
 

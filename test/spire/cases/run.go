@@ -113,7 +113,9 @@ func (e *Env) source(o spiffe.SPIREOptions) (*spiffe.SPIRE, *spiffe.Attestor, er
 		return nil, nil, err
 	}
 	e.finally(s.Close)
-	return s, spiffe.NewAttestor(processes, s), nil
+	a := spiffe.NewAttestor(processes, s)
+	e.finally(a.Close)
+	return s, a, nil
 }
 
 // serving is a source whose agent serves it.

@@ -1,6 +1,7 @@
 package fake
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -202,7 +203,7 @@ func protoID(id string) *types.SPIFFEID {
 // brokerServer is the SPIFFE Broker API. Who it is, and who is admitted, is looked up for each connection.
 func (a *Agent) brokerServer() *grpc.Server {
 	config := func(*tls.ClientHelloInfo) (*tls.Config, error) {
-		issued, err := a.issue(spire.Entry{ID: a.ID("/spire/agent/fake")})
+		issued, err := a.issue(spire.Entry{ID: cmp.Or(a.opts.Impostor, a.ID("/spire/agent/fake"))})
 		if err != nil {
 			return nil, err
 		}

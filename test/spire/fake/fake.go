@@ -36,6 +36,8 @@ type Options struct {
 	// Conforms has the Broker API answer as its specification says: NotFound for no process, PermissionDenied for one
 	// without identity, and the end of a stream with its process.
 	Conforms bool
+	// Impostor serves the Broker API with this SPIFFE ID; empty: an agent's.
+	Impostor string
 }
 
 // Agent is a fake. Safe for concurrent use.
