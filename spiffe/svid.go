@@ -20,8 +20,8 @@ var ErrNoSVID = errors.New("the workload has no SVID")
 
 // X509SVID is the workload's own X509-SVID, which has not expired. ErrNoSVID where it has none; what Identity.Lost says
 // where nobody is left who could have one.
-func (a *Attested) X509SVID() (*x509svid.SVID, error) {
-	id := a.Identity()
+func (h *Attested) X509SVID() (*x509svid.SVID, error) {
+	id := h.Identity()
 	if id.Lost != nil {
 		return nil, id.Lost
 	}
@@ -41,18 +41,18 @@ func (a *Attested) X509SVID() (*x509svid.SVID, error) {
 // asked by pid, with the process proven before and after. The same token is given out until half of its life is over,
 // and to its end where the agent cannot be reached. Errors are X509SVID's, ErrGone, ErrChanged, an *AgentError. It takes
 // no longer than ctx.
-func (a *Attested) JWTSVID(ctx context.Context, audience string) (token string, expires time.Time, err error) {
-	svid, err := a.X509SVID()
+func (h *Attested) JWTSVID(ctx context.Context, audience string) (token string, expires time.Time, err error) {
+	svid, err := h.X509SVID()
 	if err != nil {
 		return "", time.Time{}, err
 	}
-	r := a.record.Load()
+	r := h.record.Load()
 	peer := r.subject.peer
-	if _, err = a.attestor.processes.check(peer); err != nil {
+	if _, err = h.attestor.processes.check(peer); err != nil {
 		return "", time.Time{}, err
 	}
 	t, err := r.tokens.get(ctx, tokenKey{svid.ID, audience}, func() (jwtToken, error) {
-		return a.attestor.jwt(ctx, peer, svid.ID, audience)
+		return h.attestor.jwt(ctx, peer, svid.ID, audience)
 	})
 	return t.token, t.expires, err
 }
