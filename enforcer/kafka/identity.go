@@ -99,8 +99,8 @@ func (s *session) lose(b *binding) {
 	}
 }
 
-// tell puts on record how who the client is has changed. A renewal, with which only the end of the evidence changes, has
-// no line: those that follow show it.
+// tell puts on record how who the client is has changed. A renewal, with which only the end of the evidence changes,
+// has no line: those that follow show it.
 func (s *session) tell(was, b *binding) {
 	if was == nil {
 		was = &binding{identity: &s.conn.Subject.Identity} // as the line of the opened connection has it
@@ -119,7 +119,8 @@ func (s *session) tell(was, b *binding) {
 			Str("to", named(b.identity)).Str("source", b.identity.Source).Send()
 	case b.login != nil && (was.login == nil || was.login.Principal != b.login.Principal):
 		s.changes.Line("identity", verdictOf(b.login.decision)).Str("change", "login").
-			Str("from", was.subject.Principal).Str("to", b.subject.Principal).Str("source", spiffe.SourceSASL).Str("rule", b.login.decision.Rule).Send()
+			Str("from", was.subject.Principal).Str("to", b.subject.Principal).Str("source", spiffe.SourceSASL).
+			Str("rule", b.login.decision.Rule).Send()
 	default:
 		return
 	}
