@@ -60,6 +60,7 @@ Exit codes: 0 all checks passed, 1 at least one failed.`,
 		Example: "  klamm doctor -c /etc/klamm/klamm.yaml",
 		Args:    cobra.NoArgs,
 	}
+	cmd.AddCommand(newDoctorTLSCommand())
 	file := cmd.Flags().StringP("config", "c", "", "also check this configuration and the clusters in it")
 	wait := cmd.Flags().Duration("wait", 10*time.Second, "how long a cluster may take to answer")
 	output := outputFlag(cmd)

@@ -175,6 +175,9 @@ func hello(conn net.Conn) error {
 	return nil
 }
 
+// AsWorkload tells whether the broker knows the workload by its SVID.
+func (b *Broker) AsWorkload() bool { return b.svid != nil }
+
 // String says what was agreed on, for diagnosis.
 func (b *Broker) String() string {
 	said := []string{"plaintext"}
@@ -190,9 +193,6 @@ func (b *Broker) String() string {
 	}
 	return strings.Join(said, ", ")
 }
-
-// AsWorkload tells whether the broker knows the workload by its SVID.
-func (b *Broker) AsWorkload() bool { return b.svid != nil }
 
 // Current tells whether the broker still knows the workload as who it is: nil, or why not. An SVID that was replaced by
 // one of the same SPIFFE ID and subject is as good, for Kafka takes no more than these from it.

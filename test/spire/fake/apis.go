@@ -230,7 +230,8 @@ func (a *Agent) brokerServer() *grpc.Server {
 		c.NextProtos = []string{"h2"}
 		return c, nil
 	}
-	s := grpc.NewServer(grpc.Creds(credentials.NewTLS(&tls.Config{GetConfigForClient: config, MinVersion: tls.VersionTLS12})))
+	each := credentials.NewTLS(&tls.Config{GetConfigForClient: config, MinVersion: tls.VersionTLS12})
+	s := grpc.NewServer(grpc.Creds(each))
 	broker.RegisterAPIServer(s, &brokerAPI{Agent: a})
 	return s
 }
@@ -308,7 +309,8 @@ func (b *brokerAPI) untilGone(ctx context.Context, pid int32, cancel context.Can
 }
 
 // FetchJWTSVID is the Broker API's.
-func (b *brokerAPI) FetchJWTSVID(ctx context.Context, req *broker.FetchJWTSVIDRequest) (*broker.FetchJWTSVIDResponse, error) {
+func (b *brokerAPI) FetchJWTSVID(ctx context.Context, req *broker.FetchJWTSVIDRequest) (
+	*broker.FetchJWTSVIDResponse, error) {
 	if err := b.gate(ctx); err != nil {
 		return nil, err
 	}
