@@ -211,7 +211,7 @@ func (l *load) run() (*saw, error) {
 		return nil, err
 	}
 	count := &counter{}
-	opts = append(opts, kgo.WithHooks(count), kgo.RecordRetries(0), kgo.RequestRetries(0), kgo.ProducerLinger(0), kgo.ConnIdleTimeout(time.Hour),
+	opts = append(opts, kgo.WithHooks(count), kgo.RecordRetries(0), kgo.RequestRetries(0), kgo.ProducerLinger(0), kgo.ConnIdleTimeout(15*time.Minute),
 		kgo.RecordPartitioner(kgo.ManualPartitioner()), kgo.ConsumePartitions(map[string]map[int32]kgo.Offset{
 			l.Topic: {l.Partition: kgo.NewOffset().AtStart()}}))
 	if l.WorkloadAPI != "" {
