@@ -63,7 +63,7 @@ func (p provingWorld) sections() (sections, error) {
 	if err != nil {
 		return nil, err
 	}
-	own, err := p.authority.Issue(ca.Leaf{Subject: pkix.Name{CommonName: "klamm"}})
+	own, err := p.authority.Issue(ca.Leaf{Subject: commonName("klamm")})
 	if err != nil {
 		return nil, err
 	}
@@ -332,3 +332,5 @@ func (p provingWorld) doctorBroker(ctx context.Context) (string, error) {
 		p.finds(ctx, "held", ordersUID, "ok direct "+p.held(), "ok upstream "+p.held()),
 		p.finds(ctx, "open", ordersUID, "FAIL direct "+p.other.Addrs()[0]))
 }
+
+func commonName(name string) pkix.Name { return pkix.Name{CommonName: name} }
