@@ -112,7 +112,7 @@ func TestEveryKeyIsReadAndPathsAreRelativeToTheFile(t *testing.T) {
 		},
 		Attestation: AttestationConfig{Sources: []string{"static", "spire"}, OnLoss: LossDeny, Timeout: 2 * time.Second},
 		SPIRE: &SPIREConfig{API: spiffe.APIDelegated, Socket: "testdata/admin.sock",
-			WorkloadAPI: "/run/spire/agent.sock"},
+			WorkloadAPI: "/run/spire/agent.sock", Hint: "kafka", TrustDomains: []string{"example.test", "partner.test"}},
 		Policies: []string{"testdata/policy.yaml", "/etc/klamm/more.yaml"},
 		Audit:    AuditConfig{File: "testdata/audit.jsonl"},
 		Limits: LimitsConfig{MaxFrame: 1 << 20, Memory: 64 << 20, Connections: 100,

@@ -64,7 +64,7 @@ func ProbeBrokerTLS(ctx context.Context, broker string) (*BrokerTLS, error) {
 func ProbeLeaf(ctx context.Context, c Config, cluster ClusterConfig, name string) (_ []*x509.Certificate, err error) {
 	var agent *spiffe.Agent
 	if cluster.Clients.needsAgent() {
-		agent = spiffe.OpenAgent(c.SPIRE.WorkloadAPI)
+		agent = spiffe.OpenAgent(c.SPIRE.WorkloadAPI, zerolog.Nop())
 		defer func() { err = errors.Join(err, agent.Close()) }()
 		if err := awaitSVID(ctx, agent); err != nil {
 			return nil, err

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -16,8 +17,11 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
+	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/kmsg"
+	"golang.org/x/sys/unix"
 
 	"klamm/test/ca"
 	"klamm/test/issuer"
@@ -39,11 +43,12 @@ type world struct {
 // ordersOf are the principals by which the broker may know orders.
 var ordersOf = []string{"User:orders.shop", "User:" + stage.Orders, "User:alice", "User:token-client"}
 
-func newWorld(t *testing.T) *world {
+// newWorld makes one. Life is that of SVIDs and of sessions at the broker; 0: longer than any test.
+func newWorld(t *testing.T, life time.Duration) *world {
 	t.Helper()
 	w := &world{dir: t.TempDir()}
 	var err error
-	if w.agent, err = fake.New(fake.Options{}); err != nil {
+	if w.agent, err = fake.New(fake.Options{TTL: life}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -51,7 +56,7 @@ func newWorld(t *testing.T) *world {
 			t.Error(err)
 		}
 	})
-	w.register(t, spire.Entry{ID: stage.Orders, DNSNames: []string{"orders.shop"},
+	w.register(t, spire.Entry{ID: stage.Orders, DNSNames: []string{"orders.shop"}, JWTTTL: life,
 		Selectors: []string{fmt.Sprint("unix:uid:", stage.OrdersUID)}})
 	node, err := w.agent.NodeEntry(t.Context())
 	if err != nil {
@@ -68,6 +73,7 @@ func newWorld(t *testing.T) *world {
 		t.Fatal(err)
 	}
 	w.Cluster = kafka.Start(t, kafka.Options{Authorizer: true, Decisions: true, Users: map[string]string{"alice": "wonder"},
+		MaxReauth: life,
 		TLS: &kafka.TLS{CA: w.brokers, ClientAuth: "required", Clients: []*x509.Certificate{w.agent.Root()},
 			Mapping: "RULE:^CN=([^,]+),O=SPIRE,C=US$/$1/"},
 		OAuth: &kafka.OAuth{KeySet: "file://" + w.file(t, "keys.json", w.keySet(t)), Audience: "kafka"}})
@@ -166,7 +172,7 @@ func (w *world) endpoint(t *testing.T) string {
 }
 
 func TestTheBrokerKnowsTheWorkloadAsWhoItIs(t *testing.T) {
-	w := newWorld(t)
+	w := newWorld(t, 0)
 	password, secret := w.file(t, "password", []byte("wonder\n")), w.file(t, "secret", []byte("cl1ent\n"))
 	overTLS, login := w.TLSAddrs()[0], w.SASLTLSAddrs()[0]
 	for name, c := range map[string]struct{ broker, upstream, principal string }{
@@ -176,7 +182,8 @@ func TestTheBrokerKnowsTheWorkloadAsWhoItIs(t *testing.T) {
 			", login: {mechanism: SCRAM-SHA-512, username: alice, password-file: %q}}", password), ordersOf[2]},
 		"by client credentials of the node's": {login, w.tls("") + fmt.Sprintf(", login: {mechanism: OAUTHBEARER, "+
 			"token-url: %q, client-id: klamm, client-secret-file: %q}}", w.endpoint(t), secret), ordersOf[3]},
-		"by its JWT-SVID in cleartext": {w.SASLAddrs()[0], "{login: {jwt-svid: {audience: kafka}}, cleartext: true}", ordersOf[1]},
+		"by its JWT-SVID in cleartext": {w.SASLAddrs()[0], "{login: {jwt-svid: {audience: kafka}}, cleartext: true}",
+			ordersOf[1]},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := w.node(t, c.broker, c.upstream)
@@ -221,6 +228,33 @@ func TestTheBrokerKnowsTheWorkloadAsWhoItIs(t *testing.T) {
 			t.Errorf("the audit says %+v", l)
 		}
 	})
+}
+
+func TestRotationAndRenewalLoseNoRequest(t *testing.T) {
+	const life = 4 * time.Second
+	w := newWorld(t, life)
+	password := w.file(t, "password", []byte("wonder\n"))
+	for name, c := range map[string]struct{ broker, upstream string }{
+		"of X509-SVIDs": {w.TLSAddrs()[0], w.tls(", certificate: workload") + "}"},
+		"of JWT-SVIDs":  {w.SASLTLSAddrs()[0], w.tls("") + ", login: {jwt-svid: {audience: kafka}}}"},
+		"of a password's sessions": {w.SASLTLSAddrs()[0], w.tls("") + fmt.Sprintf(
+			", login: {mechanism: SCRAM-SHA-256, username: alice, password-file: %q}}", password)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			n := w.node(t, c.broker, c.upstream)
+			client := n.Workload(stage.OrdersUID).Client(t, c.broker, kgo.RequestRetries(0), kgo.RecordRetries(0))
+			for end := time.Now().Add(2 * life); time.Now().Before(end); {
+				if err := write(t, client, "orders"); err != nil {
+					t.Fatal(err)
+				}
+			}
+			opened := n.Audit(func(l stage.Line) bool { return l.Event == "connection" && l.State == "open" })
+			if closed := n.Audit(func(l stage.Line) bool { return l.State == "closed" }); len(closed) > 0 || len(opened) > 2 {
+				t.Errorf("%d connections were opened and %d closed", len(opened), len(closed))
+			}
+		})
+	}
 }
 
 func (w *world) decisions(t *testing.T) []kafka.Decision {
@@ -304,10 +338,12 @@ func TestNothingOfAClientReachesAnImpostor(t *testing.T) {
 				"[{name: main, bootstrap: [%q], upstream: {tls: {ca: %q}}}]", broker, root),
 				"limits": "{dial-timeout: 300ms}"})
 			conn := n.Workload(stage.OrdersUID).Dial(t, broker)
-			if _, err := conn.Write(stage.Frame(stage.Hello())); err != nil {
-				t.Log(err) // it may be refused already
+			_, err := conn.Write(stage.Frame(stage.Hello()))
+			var got []byte
+			if err == nil {
+				got, err = stage.End(conn)
 			}
-			if got, err := stage.End(conn); err == nil || len(got) > 0 {
+			if !errors.Is(err, unix.ECONNRESET) || len(got) > 0 {
 				t.Errorf("the client reads %q, %v", got, err)
 			}
 			if l := n.AwaitRefusals(1, "upstream_tls")[0]; !strings.Contains(l.Error, broker) {

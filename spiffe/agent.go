@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/rs/zerolog"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
@@ -18,10 +19,11 @@ import (
 const maxSilence = time.Hour
 
 // Agent is the node's own standing with the SPIRE agent of its host, over the Workload API: its X509-SVID, and the
-// bundles of the trust domains it trusts, its own and those its entry federates with. Both are what the agent said last.
-// It is an x509svid.Source and an x509bundle.Source. Safe for concurrent use.
+// bundles of the trust domains it trusts, its own and those its entry federates with. Both are what the agent said
+// last. It is an x509svid.Source and an x509bundle.Source. Safe for concurrent use.
 type Agent struct {
 	socket string
+	log    zerolog.Logger
 	stop   context.CancelFunc
 	done   chan struct{}
 	heard  func()        // closes asked
@@ -40,10 +42,11 @@ type Agent struct {
 var errStarting = fmt.Errorf("%w yet", errMute)
 
 // OpenAgent watches the Workload API at a unix socket. The agent may come later.
-func OpenAgent(socket string) *Agent {
+func OpenAgent(socket string, log zerolog.Logger) *Agent {
 	ctx, stop := context.WithCancel(context.Background())
-	a := &Agent{socket: socket, stop: stop, done: make(chan struct{}), err: agentError(workloadAPI, socket, errStarting), silent: time.Now(),
-		changed: make(chan struct{}), asked: make(chan struct{})}
+	a := &Agent{socket: socket, log: log, stop: stop, done: make(chan struct{}),
+		err: agentError(workloadAPI, socket, errStarting), silent: wallClock(), changed: make(chan struct{}),
+		asked: make(chan struct{})}
 	a.heard = sync.OnceFunc(func() { close(a.asked) })
 	a.mute = time.AfterFunc(muteTimeout, func() {
 		a.OnX509ContextWatchError(fmt.Errorf("%w within %v", errMute, muteTimeout))
@@ -56,7 +59,7 @@ func OpenAgent(socket string) *Agent {
 }
 
 func (a *Agent) run(ctx context.Context) {
-	retry := new(retries)
+	retry := &retries{max: maxRetry}
 	for ctx.Err() == nil {
 		a.watch(ctx, retry)
 		select {
@@ -98,21 +101,29 @@ func (a *Agent) OnX509ContextUpdate(c *workloadapi.X509Context) {
 	defer a.heard()
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if a.err != nil {
+		a.log.Info().Stringer("id", c.DefaultSVID().ID).Str("socket", a.socket).Msg("the node has its X509-SVID")
+	}
 	a.svid, a.svids, a.bundles, a.err, a.silent = c.DefaultSVID(), c.SVIDs, c.Bundles, nil, time.Time{}
 	a.tell()
 }
 
-// OnX509ContextWatchError keeps what the agent said last, unless it says that the node has no identity.
+// OnX509ContextWatchError keeps what the agent said last, unless it says that the node has no identity, or what nobody
+// understands.
 func (a *Agent) OnX509ContextWatchError(err error) {
 	a.mute.Reset(muteTimeout)
 	defer a.heard()
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.err = agentError(workloadAPI, a.socket, err)
-	if a.silent.IsZero() {
-		a.silent = time.Now()
+	told := agentError(workloadAPI, a.socket, err)
+	if a.err == nil || a.err.Error() != told.Error() {
+		a.log.Error().Err(told).Msg("the node's X509-SVID and bundles are not kept current")
 	}
-	if denied(a.err) {
+	a.err = told
+	if a.silent.IsZero() {
+		a.silent = wallClock()
+	}
+	if denied(told) || garbled(err) {
 		a.svid, a.svids, a.bundles = nil, nil, nil
 		a.tell()
 	}
@@ -149,7 +160,7 @@ func (a *Agent) GetX509SVID() (*x509svid.SVID, error) {
 func (a *Agent) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.bundles == nil || !a.silent.IsZero() && time.Since(a.silent) > maxSilence {
+	if a.bundles == nil || wallClock().Sub(a.since()) > maxSilence {
 		return nil, fmt.Errorf("no bundle of %s is known: %w", td.IDString(), a.why())
 	}
 	bundle, ok := a.bundles.Get(td)
@@ -158,6 +169,21 @@ func (a *Agent) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundl
 	}
 	return bundle, nil
 }
+
+// since is until when the agent was heard for certain. An agent that hangs shows in that it renews no SVID. a.mu is
+// held.
+func (a *Agent) since() time.Time {
+	if !a.silent.IsZero() {
+		return a.silent
+	}
+	if end := a.svid.Certificates[0].NotAfter; wallClock().After(end) {
+		return end
+	}
+	return wallClock()
+}
+
+// wallClock goes on while the host is suspended, as certificates do.
+func wallClock() time.Time { return time.Now().Round(0) }
 
 // trustDomain is the node's own, which it keeps for as long as the agent does not say otherwise.
 func (a *Agent) trustDomain() (spiffeid.TrustDomain, error) {

@@ -58,8 +58,10 @@ const (
 	// muteTimeout is the same about the node itself, which the agent knows or not.
 	muteTimeout    = 5 * time.Second
 	connectTimeout = 20 * time.Second
-	minRetry       = 100 * time.Millisecond
-	maxRetry       = 5 * time.Second
+	// minRetry and maxRetry bound the pauses between attempts to be heard by the agent at all.
+	minRetry, maxRetry = 100 * time.Millisecond, time.Second
+	// maxFollow bounds the pauses between attempts to follow one workload. All are cut short when the agent is back.
+	maxFollow = 5 * time.Second
 )
 
 // dial connects to a unix socket when it is first used, and again when it has to.
@@ -74,14 +76,17 @@ func dialOptions() []grpc.DialOption {
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: retry, MinConnectTimeout: connectTimeout})}
 }
 
-// retries are the pauses between attempts: they double from minRetry to maxRetry, less up to a half at random, so that
-// the streams of a node do not come back to an agent all at once.
-type retries struct{ n int }
+// retries are the pauses between attempts: they double from minRetry to max, less up to a half at random, so that the
+// streams of a node do not come to an agent all at once.
+type retries struct {
+	max time.Duration
+	n   int
+}
 
 func (r *retries) Next() time.Duration {
-	d := min(minRetry<<min(r.n, 16), maxRetry)
+	d := min(minRetry<<min(r.n, 16), r.max)
 	r.n++
-	return d - rand.N(d/2)
+	return d - rand.N(d/2) //nolint:gosec // jitter needs no secrecy
 }
 
 func (r *retries) Reset() { r.n = 0 }
@@ -133,14 +138,17 @@ var remedies = []struct {
 		" in the agent's configuration"},
 	{api: adminAPI, text: "authorized delegate", remedy: "list the node's SPIFFE ID under agent.authorized_delegates in" +
 		" the agent's configuration"},
-	{api: brokerAPI, text: "reference type", remedy: "add spiffe.broker.WorkloadPIDReference to the allowed_reference_types" +
-		" of the node in the agent's configuration"},
+	{api: brokerAPI, text: "first record does not look like a TLS handshake", remedy: "give the socket_path of the" +
+		" section agent.experimental.broker of the agent's configuration"},
+	{api: brokerAPI, text: "reference type", remedy: "add spiffe.broker.WorkloadPIDReference to the node's" +
+		" allowed_reference_types in the agent's configuration"},
 	{api: brokerAPI, code: codes.PermissionDenied, remedy: "the agent does not give this workload's identity to the node"},
-	{code: codes.PermissionDenied, text: "no identity issued", remedy: "register the node: spire-server entry create with" +
-		" selectors of its process"},
+	{code: codes.PermissionDenied, text: "no identity issued", remedy: "register the node: spire-server entry create" +
+		" with selectors of its process"},
 	{api: adminAPI, code: codes.Unimplemented, remedy: "give the admin_socket_path of a SPIRE agent 1.10.2 or later"},
 	{api: adminAPI, code: codes.InvalidArgument, remedy: "the agent takes no pid: it must be SPIRE 1.10.2 or later"},
-	{api: brokerAPI, code: codes.Unimplemented, remedy: "give the broker socket_path of a SPIRE agent 1.15.2 or later"},
+	{api: brokerAPI, code: codes.Unimplemented, remedy: "give the socket_path of the section" +
+		" agent.experimental.broker of a SPIRE agent 1.15.2 or later"},
 	{code: codes.DeadlineExceeded, remedy: "the agent hangs: look at its log, or start it anew"},
 	{code: codes.ResourceExhausted, remedy: "the answer is larger than 4 MiB: has the workload, or its federation, that" +
 		" many entries?"},
@@ -165,7 +173,8 @@ func agentError(api, socket string, err error) error {
 		code = codes.DeadlineExceeded
 	}
 	for _, r := range remedies {
-		if (r.api == "" || r.api == api) && (r.code == codes.OK || r.code == code) && strings.Contains(err.Error(), r.text) {
+		if (r.api == "" || r.api == api) && (r.code == codes.OK || r.code == code) &&
+			strings.Contains(err.Error(), r.text) {
 			e.Remedy = r.remedy
 			break
 		}
@@ -183,4 +192,10 @@ var denials = map[codes.Code]bool{
 func denied(err error) bool {
 	var agent *AgentError
 	return errors.As(err, &agent) && denials[status.Code(agent.Err)]
+}
+
+// garbled tells whether the agent was heard but not understood: all errors of the way to it are gRPC's.
+func garbled(err error) bool {
+	_, grpc := status.FromError(err)
+	return !grpc && !errors.Is(err, errMute)
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math/rand/v2"
 	"os"
 	"slices"
 	"sync"
@@ -24,6 +25,8 @@ const (
 	late        = 250 * time.Millisecond
 	// maxStreams bounds the processes that are followed at a time, one stream each.
 	maxStreams = 16_384
+	// spread is the pause between two streams that come back to an agent, on average half of it.
+	spread = 2 * time.Millisecond
 )
 
 // SPIREOptions say how to ask a SPIRE agent.
@@ -53,15 +56,17 @@ type SPIRE struct {
 	asked     chan struct{} // closed when the agent has answered the probe, or failed to
 
 	mu       sync.Mutex
-	err      error     // why the API does not serve the node; nil while it does
-	since    time.Time // of err, and of nil
+	err      error         // why the API does not serve the node; nil while it does
+	since    time.Time     // of err, and of nil
+	back     chan struct{} // closed when the agent serves the node again
 	failures map[string]uint64
 }
 
 // NewSPIRE watches the agent, which may come later, until it is closed.
 func NewSPIRE(o SPIREOptions, processes *Processes) (*SPIRE, error) {
-	s := &SPIRE{options: o, processes: processes, agent: OpenAgent(o.WorkloadAPI), streams: make(chan struct{}, maxStreams),
-		probed: make(chan struct{}), asked: make(chan struct{}), since: time.Now(), failures: map[string]uint64{}}
+	s := &SPIRE{options: o, processes: processes, agent: OpenAgent(o.WorkloadAPI, o.Log),
+		streams: make(chan struct{}, maxStreams), probed: make(chan struct{}), asked: make(chan struct{}),
+		since: time.Now(), back: make(chan struct{}), failures: map[string]uint64{}}
 	s.heard = sync.OnceFunc(func() { close(s.asked) })
 	s.err = s.error(errStarting)
 	var err error
@@ -105,7 +110,7 @@ func (s *SPIRE) probe(ctx context.Context) {
 	case <-ctx.Done():
 		return
 	}
-	retry := new(retries)
+	retry := &retries{max: maxRetry}
 	for {
 		err := s.subscribe(ctx, int32(os.Getpid()), muteTimeout, func([]rawSVID) error {
 			retry.Reset()
@@ -137,6 +142,8 @@ func (s *SPIRE) is(err error) {
 	switch {
 	case same:
 	case err == nil:
+		close(s.back)
+		s.back = make(chan struct{})
 		s.options.Log.Info().Str("api", s.options.API).Str("socket", s.options.Socket).
 			Msg("the SPIRE agent tells who workloads are")
 	default:
@@ -213,8 +220,8 @@ func (s *SPIRE) watch(ctx context.Context, p subject, tell func(*Evidence, error
 	defer judging.Wait()
 	defer cancel()
 	judging.Go(func() { f.rejudge(ctx) })
-	retry := new(retries)
-	for {
+	retry := &retries{max: maxFollow}
+	for ctx.Err() == nil {
 		if _, err := s.processes.check(p.peer); err != nil {
 			return f.gone(err)
 		}
@@ -234,11 +241,30 @@ func (s *SPIRE) watch(ctx context.Context, p subject, tell func(*Evidence, error
 		}
 		s.count(err)
 		f.failed(err)
-		select {
-		case <-time.After(retry.Next()):
-		case <-ctx.Done():
-			return nil
-		}
+		s.pause(ctx, retry.Next())
+	}
+	return nil
+}
+
+// pause lasts until the agent is back at the latest, for all streams of the node not at once.
+func (s *SPIRE) pause(ctx context.Context, d time.Duration) {
+	s.mu.Lock()
+	back := s.back
+	s.mu.Unlock()
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return
+	case <-back:
+		apart := time.Duration(len(s.streams)) * spread
+		timer.Reset(rand.N(min(apart, d))) //nolint:gosec // jitter needs no secrecy
+	case <-ctx.Done():
+		return
+	}
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
 	}
 }
 

@@ -31,20 +31,38 @@ func TestSPIRE(t *testing.T) {
 			for _, c := range cases.All {
 				t.Run(name+"/"+api+"/"+c.Name, func(t *testing.T) {
 					t.Parallel()
-					agent, err := fake.New(world.options)
-					if err != nil {
-						t.Fatal(err)
-					}
-					t.Cleanup(func() {
-						if err := agent.Stop(); err != nil {
-							t.Error(err)
-						}
-					})
-					if err := c.On(t.Context(), agent, api); err != nil {
-						t.Error(err)
-					}
+					run(t, c, world.options, api)
 				})
 			}
 		}
+	}
+}
+
+func run(t *testing.T, c cases.Case, o fake.Options, api string) {
+	t.Helper()
+	agent, err := fake.New(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := agent.Stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := c.On(t.Context(), agent, api); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestABrokerAPIThatIsNoAgentsIsNotAsked(t *testing.T) {
+	t.Parallel()
+	run(t, cases.Impostor, fake.Options{Impostor: "spiffe://example.test/orders"}, spiffe.APIBroker)
+	run(t, cases.Impostor, fake.Options{Impostor: "spiffe://example.test/spire/server"}, spiffe.APIBroker)
+}
+
+func TestAnAnswerLargerThanTheBoundIsNotTaken(t *testing.T) {
+	t.Parallel()
+	for _, api := range spiffe.APIs {
+		run(t, cases.Flood, fake.Options{}, api)
 	}
 }

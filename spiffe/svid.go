@@ -20,8 +20,9 @@ var ErrNoSVID = errors.New("the workload has no SVID")
 
 // X509SVID is the workload's own X509-SVID, which has not expired. ErrNoSVID where it has none; what Identity.Lost says
 // where nobody is left who could have one.
-func (a *Attested) X509SVID() (*x509svid.SVID, error) {
-	id := a.Identity()
+func (h *Attested) X509SVID() (*x509svid.SVID, error) { return h.Identity().x509SVID() }
+
+func (id *Identity) x509SVID() (*x509svid.SVID, error) {
 	if id.Lost != nil {
 		return nil, id.Lost
 	}
@@ -41,55 +42,57 @@ func (a *Attested) X509SVID() (*x509svid.SVID, error) {
 // asked by pid, with the process proven before and after. The same token is given out until half of its life is over,
 // and to its end where the agent cannot be reached. Errors are X509SVID's, ErrGone, ErrChanged, an *AgentError. It takes
 // no longer than ctx.
-func (a *Attested) JWTSVID(ctx context.Context, audience string) (token string, expires time.Time, err error) {
-	svid, err := a.X509SVID()
+func (h *Attested) JWTSVID(ctx context.Context, audience string) (token string, expires time.Time, err error) {
+	r := h.record.Load()
+	svid, err := r.current.Load().x509SVID()
 	if err != nil {
 		return "", time.Time{}, err
 	}
-	r := a.record.Load()
 	peer := r.subject.peer
-	if _, err = a.attestor.processes.check(peer); err != nil {
+	if _, err = h.attestor.processes.check(peer); err != nil {
 		return "", time.Time{}, err
 	}
-	t, err := r.tokens.get(ctx, tokenKey{svid.ID, audience}, func() (jwt, error) {
-		return a.attestor.jwt(ctx, peer, svid.ID, audience)
+	t, err := r.tokens.get(ctx, tokenKey{svid.ID, audience}, func() (jwtToken, error) {
+		return h.attestor.jwt(ctx, peer, svid.ID, audience)
 	})
 	return t.token, t.expires, err
 }
 
 // jwt fetches a JWT-SVID of a process whose SPIFFE ID is id.
-func (a *Attestor) jwt(ctx context.Context, peer Peer, id spiffeid.ID, audience string) (jwt, error) {
+func (a *Attestor) jwt(ctx context.Context, peer Peer, id spiffeid.ID, audience string) (jwtToken, error) {
 	i := slices.IndexFunc(a.sources, func(s Source) bool { return s.Name() == SourceSPIRE })
 	if i < 0 {
-		return jwt{}, ErrNoSVID
+		return jwtToken{}, ErrNoSVID
 	}
+	ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
+	defer cancel()
 	tokens, err := a.sources[i].(*SPIRE).delegate.jwt(ctx, int32(peer.TGID), audience)
 	if err != nil {
-		return jwt{}, err
+		return jwtToken{}, err
 	}
 	if _, err := a.processes.check(peer); err != nil {
-		return jwt{}, err
+		return jwtToken{}, err
 	}
 	return pickJWT(tokens, id, audience)
 }
 
 // pickJWT is the token that has the SPIFFE ID. The broker that gets it verifies its signature, and nobody here relies on
 // it: it is looked at only to hand out no other one.
-func pickJWT(tokens []string, id spiffeid.ID, audience string) (jwt, error) {
+func pickJWT(tokens []string, id spiffeid.ID, audience string) (jwtToken, error) {
 	for _, token := range tokens {
 		svid, err := jwtsvid.ParseInsecure(token, []string{audience})
 		if err != nil {
-			return jwt{}, fmt.Errorf("the agent's JWT-SVID for audience %q: %w", audience, err)
+			return jwtToken{}, fmt.Errorf("the agent's JWT-SVID for audience %q: %w", audience, err)
 		}
-		if svid.ID == id {
-			return jwt{token, time.Now(), svid.Expiry}, nil
+		if svid.ID == id && time.Now().Before(svid.Expiry) {
+			return jwtToken{token, time.Now(), svid.Expiry}, nil
 		}
 	}
-	return jwt{}, fmt.Errorf("%w of %s for audience %q, though an X509-SVID", ErrNoSVID, id, audience)
+	return jwtToken{}, fmt.Errorf("%w of %s for audience %q, though an X509-SVID", ErrNoSVID, id, audience)
 }
 
-// jwt is a JWT-SVID.
-type jwt struct {
+// jwtToken is a JWT-SVID.
+type jwtToken struct {
 	token            string
 	fetched, expires time.Time
 }
@@ -99,23 +102,28 @@ type tokenKey struct {
 	audience string
 }
 
+// fetchTimeout is how long the agent may take for a JWT-SVID, for which it may have to ask its server.
+const fetchTimeout = 10 * time.Second
+
 // maxTokens bounds the audiences a workload has tokens for: one per cluster.
 const maxTokens = 64
 
 // tokens are the JWT-SVIDs of one record, each fetched by one caller at a time.
 type tokens struct {
 	turn chan struct{} // held while one is fetched
-	bounded[tokenKey, jwt]
+	bounded[tokenKey, jwtToken]
 }
 
-func newTokens() tokens { return tokens{make(chan struct{}, 1), newBounded[tokenKey, jwt](maxTokens)} }
+func newTokens() tokens {
+	return tokens{make(chan struct{}, 1), newBounded[tokenKey, jwtToken](maxTokens)}
+}
 
-func (t tokens) get(ctx context.Context, key tokenKey, fetch func() (jwt, error)) (jwt, error) {
+func (t tokens) get(ctx context.Context, key tokenKey, fetch func() (jwtToken, error)) (jwtToken, error) {
 	select {
 	case t.turn <- struct{}{}:
 		defer func() { <-t.turn }()
 	case <-ctx.Done():
-		return jwt{}, fmt.Errorf("wait for a JWT-SVID of %s: %w", key.id, context.Cause(ctx))
+		return jwtToken{}, fmt.Errorf("wait for a JWT-SVID of %s: %w", key.id, context.Cause(ctx))
 	}
 	now := time.Now()
 	old, ok := t.bounded.get(key)
@@ -131,7 +139,7 @@ func (t tokens) get(ctx context.Context, key tokenKey, fetch func() (jwt, error)
 	if ok && time.Now().Before(old.expires) && errors.As(err, &agent) && !denied(err) {
 		return old, nil
 	}
-	return jwt{}, err
+	return jwtToken{}, err
 }
 
 // choose finds the SVID among those of a workload by which it is known, and believes it only if it is well-formed, of a

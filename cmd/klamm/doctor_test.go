@@ -2,12 +2,14 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"klamm/node"
 	"klamm/test/kafka"
+	"klamm/test/spire/fake"
 	"klamm/test/stage"
 )
 
@@ -90,6 +92,18 @@ func TestTheDoctorChecksTheConfigurationAndItsClusters(t *testing.T) {
 	token := filepath.Join(t.TempDir(), "token")
 	stage.WriteFile(t, token, "token\n")
 	unknown := stage.Config{"clusters": stage.Clusters("broker.invalid:9092")}
+	agent, err := fake.New(fake.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := agent.Stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	spire := func(api, socket string) stage.Config {
+		return stage.Config{"spire": fmt.Sprintf("{api: %s, socket: %s, workload-api: %s}", api, socket, agent.WorkloadAPI())}
+	}
 	for name, c := range map[string]struct {
 		broker string
 		config stage.Config
@@ -104,7 +118,10 @@ func TestTheDoctorChecksTheConfigurationAndItsClusters(t *testing.T) {
 			"issuer http://" + down, "connection refused"},
 		"an API server that is down": {broker.Addr(), stage.Config{"kubernetes": "{review: {server: 'https://" + down +
 			"', token-file: '" + token + "'}}"}, "token reviews", "connection refused"},
-		"a name nobody knows": {broker.Addr(), unknown, "cluster main", "cannot resolve"},
+		"a name nobody knows":        {broker.Addr(), unknown, "cluster main", "cannot resolve"},
+		"an agent that serves":       {broker.Addr(), spire("broker", agent.Socket("broker")), "", ""},
+		"an agent that is not there": {broker.Addr(), spire("broker", "/gone.sock"), "SPIRE agent", "start the SPIRE agent"},
+		"an agent's other socket":    {broker.Addr(), spire("delegated", agent.WorkloadAPI()), "SPIRE agent", "admin_socket_path"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()

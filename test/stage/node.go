@@ -279,6 +279,7 @@ type Line struct {
 	Event, Verdict, State, Reason, Error, Hint string
 	Conn, Cluster, Destination, Principal      string
 	API, Topic, Outcome, Rule                  string
+	ClientID                                   string `json:"client_id"`
 	SPIFFE                                     string `json:"spiffe_id"`
 	Exe                                        string
 	ExeSHA256                                  string `json:"exe_sha256"`

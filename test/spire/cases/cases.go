@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -38,6 +39,7 @@ var All = []Case{
 	{"an agent restarted in order is found again", restarted(syscall.SIGTERM)},
 	{"an agent that starts after the node is found", lateAgent},
 	{"a missing socket is named", missingSocket},
+	{"the socket of another API is named", otherSocket},
 	{"a mute socket is named, and no connection waits for it", muteSocket},
 	{"a mute agent holds up no connection, and is heard again", muteAgent},
 	{"a node without an entry is refused, and told what to do", unregistered},
@@ -48,6 +50,13 @@ var All = []Case{
 	{"a process that executed another program gets nothing", executed},
 	{"a JWT-SVID is for its audience, and kept for half of its life", audiences},
 	{"a JWT-SVID is given out while the agent is away", tokenWhileAway},
+}
+
+// Bounded are the cases with a bound that SPIRE's own intervals must not break.
+var Bounded = []Case{
+	{"a revoked entry ends the identity", revocation},
+	{"a removed federation is not trusted any more", federation},
+	{"SVIDs are rotated without a gap", rotation},
 }
 
 func ownIdentity(ctx context.Context, e *Env) error {
@@ -322,12 +331,16 @@ func expiry(ctx context.Context, e *Env) error {
 	}); err != nil {
 		return fmt.Errorf("before its end: %w", err)
 	}
-	return until(ctx, time.Until(end)+time.Second, func() error {
-		if _, err := attested.X509SVID(); err == nil {
-			return errors.New("it is given out after its end")
-		}
-		return nil
-	})
+	if err := is(ctx, attested, "", time.Until(end)+time.Second); err != nil {
+		return err
+	}
+	if time.Now().Before(end) {
+		return errors.New("it ended too early")
+	}
+	if _, err := attested.X509SVID(); !errors.Is(err, spiffe.ErrNoSVID) {
+		return fmt.Errorf("X509SVID: %w", err)
+	}
+	return nil
 }
 
 // away kills the agent, which is started again at the end of the case.
@@ -351,12 +364,13 @@ func restarted(how syscall.Signal) func(context.Context, *Env) error {
 		if err != nil {
 			return err
 		}
-		lapses := 0
-		defer attested.Watch(func() {
+		var lapses atomic.Int32
+		stop := attested.Watch(func() {
 			if attested.Identity().ID.IsZero() {
-				lapses++
+				lapses.Add(1)
 			}
-		})()
+		})
+		defer stop()
 		if err := e.StopAgent(how); err != nil {
 			return err
 		}
@@ -369,8 +383,8 @@ func restarted(how syscall.Signal) func(context.Context, *Env) error {
 		if err := e.serves(ctx, s); err != nil {
 			return err
 		}
-		if err := is(ctx, attested, e.ID("/restarted"), 0); err != nil || lapses > 0 {
-			return errors.Join(err, fmt.Errorf("%d lapses", lapses))
+		if err := is(ctx, attested, e.ID("/restarted"), 0); err != nil || lapses.Load() > 0 {
+			return errors.Join(err, fmt.Errorf("%d lapses", lapses.Load()))
 		}
 		if err := e.Remove(ctx, id); err != nil { // the stream is there again, and not only the SVID
 			return err
@@ -416,6 +430,24 @@ func missingSocket(ctx context.Context, e *Env) error {
 	if err := until(ctx, patience, func() error {
 		return says(s.State().Err, o.Socket, "no such file or directory", "start the SPIRE agent")
 	}); err != nil {
+		return err
+	}
+	attested, err := e.connected(ctx, a, user())
+	if err != nil {
+		return err
+	}
+	return is(ctx, attested, "", 0)
+}
+
+func otherSocket(ctx context.Context, e *Env) error {
+	o := e.options()
+	o.Socket = e.WorkloadAPI()
+	s, a, err := e.source(o)
+	if err != nil {
+		return err
+	}
+	words := map[string]string{spiffe.APIBroker: "agent.experimental.broker", spiffe.APIDelegated: "admin_socket_path"}
+	if err := until(ctx, patience, func() error { return says(s.State().Err, o.Socket, words[e.API]) }); err != nil {
 		return err
 	}
 	attested, err := e.connected(ctx, a, user())
