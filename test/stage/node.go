@@ -289,6 +289,9 @@ type Line struct {
 	Pod, Container                             string
 	PID, UID                                   uint32
 	Count                                      int
+	Opaque                                     bool
+	SNI                                        string
+	Evidence                                   []struct{ Source, ID, Issuer, Subject string }
 	Resources                                  []struct{ Type, Name, Operation, Verdict string }
 	Batches                                    []struct{ SHA256 string }
 }
