@@ -30,6 +30,7 @@ var roles = map[string]func(args []string) error{
 	"node":      runNode,
 	"connect":   runConnect,
 	"enrol":     runEnrol,
+	"hello":     runHello,
 	"roundtrip": runRoundTrip,
 }
 
@@ -37,6 +38,7 @@ var roles = map[string]func(args []string) error{
 type settings struct {
 	klamm   string
 	kafka   bool
+	spire   bool
 	rounds  int
 	warm    time.Duration
 	measure time.Duration
@@ -52,6 +54,7 @@ func parse(args []string) (settings, error) {
 	quick := flags.Bool("quick", false, "3 short rounds, under three minutes: to see that it works, not to publish")
 	flags.StringVar(&s.klamm, "klamm", "bin/klamm", "the klamm binary to measure; \"\" leaves it out")
 	flags.BoolVar(&s.kafka, "kafka", false, "use a real Apache Kafka (scripts/setup kafka) instead of kfake")
+	flags.BoolVar(&s.spire, "spire", false, "use a real SPIRE (scripts/setup spire) instead of a fake of its agent")
 	flags.IntVar(&s.rounds, "rounds", 5, "rounds; every variant runs every load in each")
 	flags.DurationVar(&s.warm, "warm", time.Second, "time before measuring, per load")
 	flags.DurationVar(&s.measure, "measure", 6*time.Second, "time measured, per load")

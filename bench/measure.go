@@ -23,6 +23,7 @@ type results struct {
 	Cells    map[string]map[string][]cell `json:"cells"`        // load -> variant -> one per round
 	Memory   map[string]int64             `json:"memory_bytes"` // of the relay, high-water mark over all rounds
 	Connects connects                     `json:"connects"`
+	Identity []identity                   `json:"identity"`
 }
 
 func measure(ctx context.Context, s settings, progress io.Writer) (r *results, err error) {
@@ -65,7 +66,10 @@ func measure(ctx context.Context, s settings, progress io.Writer) (r *results, e
 			}
 		}
 	}
-	r.Connects, err = measureConnects(ctx, all, broker.addr)
+	if r.Connects, err = measureConnects(ctx, all, broker.addr); err != nil {
+		return nil, err
+	}
+	r.Identity, err = measureIdentity(ctx, s, dir, cgroup, broker.addr, all[1])
 	return r, err
 }
 
@@ -111,7 +115,11 @@ func (v *variant) run(ctx context.Context, s settings, l load, broker string) (c
 
 // client runs this binary in a role, in the cgroup that is redirected, and decodes what it prints.
 func (v *variant) client(ctx context.Context, into any, args ...string) error {
-	p, err := host.StartSelf(kafka.Place{Cgroup: v.loadCgroup()}, args...)
+	return client(ctx, kafka.Place{Cgroup: v.loadCgroup()}, into, args...)
+}
+
+func client(ctx context.Context, place kafka.Place, into any, args ...string) error {
+	p, err := host.StartSelf(place, args...)
 	if err != nil {
 		return err
 	}

@@ -115,6 +115,7 @@ func (r *results) markdown() string {
 	r.quantities(&b)
 	r.comparisons(&b)
 	b.WriteString(r.Connects.sentence())
+	b.WriteString(identitySentences(r.Identity))
 	return b.String()
 }
 

@@ -95,6 +95,16 @@ func TestEveryKeyIsReadAndPathsAreRelativeToTheFile(t *testing.T) {
 					From: FromClient},
 				Credentials: &LoginConfig{JWTSVID: &JWTSVIDConfig{Audience: "kafka"}}},
 		},
+		OIDC: []IssuerConfig{
+			{Issuer: "https://sso.example", Audiences: []string{"kafka", "other"}, Algorithms: []string{"ES384"},
+				Skew: 5 * time.Second, PrincipalClaim: "email", RequiredClaims: []string{"team"},
+				JWKS: &JWKSConfig{URL: "https://keys.example/jwks"}, CA: "testdata/sso.pem",
+				BearerFile: "testdata/secret/bearer", Refresh: time.Minute, MaxStale: time.Hour},
+		},
+		Kubernetes: &KubernetesConfig{Token: "/run/token", Audience: "brokers", Issuer: "https://sso.example",
+			Review: &ReviewConfig{Server: "https://10.96.0.1", CA: "testdata/k8s.pem", Cert: "testdata/k8s.crt",
+				Key: "testdata/k8s.key", Every: 5 * time.Second, MaxStale: time.Minute}, Node: "node-1"},
+		TokenFiles: []TokenFileConfig{{Path: "/run/oidc", Issuer: "https://sso.example", Audience: "kafka"}},
 		Identities: Identities{
 			{Name: "orders service", SPIFFEID: "spiffe://example.test/ns/shop/sa/orders", UID: &uid,
 				Exe: "/usr/bin/orders", ExeSHA256: strings.Repeat("ab", 32), Cgroup: "/system.slice/*", Unit: "orders.service"},

@@ -33,23 +33,24 @@ import (
 
 // Node is one running agent.
 type Node struct {
-	config   Config
-	log      zerolog.Logger
-	redirect *Redirect
-	clusters Clusters
-	nri      *nri // nil where no container runtime is asked
-	attest   *spiffe.Attestor
-	spire    *spiffe.SPIRE // nil where no SPIRE agent is asked
-	issuers  *issuers
-	started  time.Time
-	manager  serviceManager
-	taken    func() error  // tells the node before this one that it may end
-	replaced func()        // ends Run: the next node has taken over
-	handing  atomic.Bool   // to the next node, at this moment
-	more     chan struct{} // more has become broker-bound
-	enforcer *enforcer.Enforcer
-	registry *prometheus.Registry
-	closers  []io.Closer // in the order they were opened
+	config    Config
+	log       zerolog.Logger
+	redirect  *Redirect
+	clusters  Clusters
+	nri       *nri // nil where no container runtime is asked
+	attest    *spiffe.Attestor
+	attesting *prometheus.HistogramVec
+	spire     *spiffe.SPIRE // nil where no SPIRE agent is asked
+	issuers   *issuers
+	started   time.Time
+	manager   serviceManager
+	taken     func() error  // tells the node before this one that it may end
+	replaced  func()        // ends Run: the next node has taken over
+	handing   atomic.Bool   // to the next node, at this moment
+	more      chan struct{} // more has become broker-bound
+	enforcer  *enforcer.Enforcer
+	registry  *prometheus.Registry
+	closers   []io.Closer // in the order they were opened
 
 	mu       sync.Mutex // guards what is intercepted
 	ports    []uint16
@@ -107,7 +108,8 @@ func openNode(c Config, log zerolog.Logger, manager serviceManager, before inher
 		return nil, err
 	}
 	n.enforcer = enforcer.New(enforcer.Options{Policy: rules, Audit: lines, MaxFrame: int(c.Limits.MaxFrame),
-		Memory: int64(c.Limits.Memory), Metrics: n.registry, Tokens: n.logins(), CloseOnLoss: c.Attestation.OnLoss == LossClose})
+		Memory: int64(c.Limits.Memory), Metrics: n.registry, Tokens: n.logins(),
+		CloseOnLoss: c.Attestation.OnLoss == LossClose})
 	if strings.HasPrefix(c.Node.Pins, BPFFS+"/") {
 		if err := MountBPFFS(BPFFS); err != nil {
 			return nil, err
@@ -422,14 +424,14 @@ func (n *Node) enforce(ctx context.Context, d Destination, broker net.Conn, c en
 		n.refuse(c.Client, upstreamReason(err), err)
 		return
 	}
-	c.Upstream, c.Kafka, c.AutoCreate = opened.Conn, d, d.AutoCreate()
+	c.Upstream, c.Kafka, c.AutoCreate, c.AsWorkload = opened.Conn, d, d.AutoCreate(), opened.AsWorkload()
 	if opened.Login != nil {
 		c.Login = opened.Login
 	}
 	ctx, stop := whileCurrent(ctx, opened, workload)
 	defer stop()
 	err = n.enforcer.Serve(ctx, c)
-	if cause := context.Cause(ctx); errors.Is(cause, upstream.ErrNoSVID) {
+	if cause := context.Cause(ctx); err == nil && errors.Is(cause, upstream.ErrNoSVID) {
 		n.refuse(c.Client, audit.NoSVID, cause)
 	}
 	if err != nil {
@@ -454,7 +456,12 @@ func (n *Node) identify(ctx context.Context, r bpf.Record) (*spiffe.Attested, er
 		case <-ctx.Done():
 		}
 	}
-	return n.attest.Attest(ctx, peerOf(r))
+	begin := time.Now()
+	workload, err := n.attest.Attest(ctx, peerOf(r))
+	if err == nil {
+		n.attesting.WithLabelValues(strconv.FormatBool(workload.Cached())).Observe(time.Since(begin).Seconds())
+	}
+	return workload, err
 }
 
 // peerOf is who made the connect.

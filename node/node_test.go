@@ -551,3 +551,73 @@ func TestWhatIsWrongIsSaidAtTheStart(t *testing.T) {
 		})
 	}
 }
+
+func TestAConnectionThatOutlivesItsProcessIsClosed(t *testing.T) {
+	broker := stage.StartBroker(t)
+	n := stage.Start(t, broker.Addr(), stage.OrdersOnly, nil)
+	w := n.Workload(stage.OrdersUID)
+	conn := w.Dial(t, broker.Addr()) // the test has it, too
+	if got := topics(t, conn); len(got) != 1 {
+		t.Fatalf("while its process lives it sees %v", got)
+	}
+	if err := w.End(); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := stage.End(conn); len(got) > 0 || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("it reads %q, %v", got, err)
+	}
+	l := n.AwaitRefusals(1, "identity_lost")[0]
+	if l.SPIFFE != stage.Orders || l.PID != uint32(w.PID()) || !strings.Contains(l.Error, "process is gone") {
+		t.Errorf("the audit says %+v", l)
+	}
+	if got := n.Metric(`klamm_identity_events_total{event="connection_lost"}`); got != 1 {
+		t.Errorf("%d lost connections are counted", got)
+	}
+}
+
+func TestAConnectionThatOutlivesItsProcessHasNoRightsWhereItStays(t *testing.T) {
+	broker := stage.StartBroker(t)
+	n := stage.Start(t, broker.Addr(), stage.OrdersOnly, stage.Config{"attestation": "{on-loss: deny}"})
+	w := n.Workload(stage.OrdersUID)
+	conn := w.Dial(t, broker.Addr())
+	if got := topics(t, conn); len(got) != 1 {
+		t.Fatalf("while its process lives it sees %v", got)
+	}
+	if err := w.End(); err != nil {
+		t.Fatal(err)
+	}
+	stage.Await(t, "the end of its rights", func() bool { return len(topics(t, conn)) == 0 })
+	if got := n.Metric(`klamm_processes{state="open"}`); got != 0 {
+		t.Errorf("%d processes have a connection", got)
+	}
+}
+
+func TestOneProcessIsAttestedOnceForAllItsConnections(t *testing.T) {
+	broker := stage.StartBroker(t)
+	n := stage.Start(t, broker.Addr(), stage.OrdersOnly, nil)
+	w := n.Workload(stage.OrdersUID)
+	for range 3 {
+		conn := w.Dial(t, broker.Addr())
+		if _, err := stage.Ask(conn, stage.Hello()); err != nil {
+			t.Fatal(err)
+		}
+		if err := conn.Close(); err != nil {
+			t.Fatal(err)
+		}
+		stage.Await(t, "the end of the connection", func() bool { return n.Open() == 0 })
+	}
+	for series, want := range map[string]int{
+		`klamm_attestation_seconds_count{cached="false"}`: 1,
+		`klamm_attestation_seconds_count{cached="true"}`:  2,
+		`klamm_identities{source="static"}`:               1,
+		`klamm_unidentified_processes`:                    0,
+	} {
+		if got := n.Metric(series); got != want {
+			t.Errorf("%s is %d, not %d", series, got, want)
+		}
+	}
+	status, err := n.Status()
+	if err != nil || status.Attestation.Processes != 1 || status.Kernel.Unnoticed != "" {
+		t.Errorf("the status is %+v, %v", status.Attestation, err)
+	}
+}

@@ -118,6 +118,7 @@ func (a *Attestor) Close() error {
 type Attested struct {
 	attestor *Attestor
 	socket   uint64 // SO_COOKIE of the client's; 0 where it is not known
+	cached   bool
 	record   atomic.Pointer[record]
 	released bool // guarded by the attestor's mu
 
@@ -150,7 +151,7 @@ func (a *Attestor) Attest(ctx context.Context, peer Peer) (*Attested, error) {
 // settle waits for the sources, and looks at the process once more after what they said.
 func (h *Attested) settle(ctx context.Context, peer Peer) error {
 	r := h.record.Load()
-	if r.proven.Load() {
+	if h.cached = r.proven.Load(); h.cached {
 		return r.failure()
 	}
 	select {
@@ -168,6 +169,9 @@ func (h *Attested) settle(ctx context.Context, peer Peer) error {
 
 // Identity is who it is now; never nil.
 func (h *Attested) Identity() *Identity { return h.record.Load().current.Load() }
+
+// Cached tells whether the process was known, so that no source had to be asked.
+func (h *Attested) Cached() bool { return h.cached }
 
 // Watch calls changed once at once, for a change since the caller asked for the Identity, and after every change, until
 // stop is called. It must neither block nor call Watch, stop or Release.

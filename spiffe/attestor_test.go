@@ -168,12 +168,13 @@ func attest(t *testing.T, a *Attestor, peer Peer) *Attested {
 func await(t *testing.T, h *Attested, what string, so func(*Identity) bool) *Identity {
 	t.Helper()
 	changed := make(chan struct{}, 1)
-	defer h.Watch(func() {
+	stop := h.Watch(func() {
 		select {
 		case changed <- struct{}{}:
 		default:
 		}
-	})()
+	})
+	defer stop()
 	end := time.After(patience)
 	for {
 		if id := h.Identity(); so(id) {
@@ -191,10 +192,10 @@ func lost(reason error) func(*Identity) bool {
 	return func(id *Identity) bool { return errors.Is(id.Lost, reason) }
 }
 
-func ended(t *testing.T, ctx context.Context) {
+func (w *scriptedWatch) ended(t *testing.T) {
 	t.Helper()
 	select {
-	case <-ctx.Done():
+	case <-w.ctx.Done():
 	case <-time.After(patience):
 		t.Fatal("the source is still asked")
 	}
@@ -243,7 +244,7 @@ func TestALingeringProcessIsForgottenInTheEnd(t *testing.T) {
 		t.Fatal("it is forgotten too early")
 	}
 	a.expire(time.Now().Add(linger + time.Second))
-	ended(t, w.ctx)
+	w.ended(t)
 	if s := a.State(); s.Processes != 0 || s.Lingering != 0 {
 		t.Errorf("afterwards: %+v", s)
 	}
@@ -366,6 +367,9 @@ func TestASourceThatFailsRefusesAndIsAskedAnew(t *testing.T) {
 			if _, err := a.Attest(t.Context(), peer); err == nil || err.Error() != test.want {
 				t.Fatalf("got %v", err)
 			}
+			if s := a.State(); s.Failures[SourceSPIRE] != 1 || s.Why[SourceSPIRE] != test.want {
+				t.Errorf("the state is %+v", s)
+			}
 			watch := make(chan *scriptedWatch, 1)
 			go func() {
 				w := source.next(t)
@@ -377,9 +381,6 @@ func TestASourceThatFailsRefusesAndIsAskedAnew(t *testing.T) {
 				t.Fatalf("it is %s", got)
 			}
 			(<-watch).end <- test.end
-			if s := a.State(); s.Failures[SourceSPIRE] != 1 || s.Why[SourceSPIRE] != test.want {
-				t.Errorf("the state is %+v", s)
-			}
 			if test.lasts {
 				return
 			}
@@ -432,6 +433,7 @@ func TestTheEndOfAProcessIsNoticedReapedOrNot(t *testing.T) {
 }
 
 func TestAChangeOfTheProcessIsNoticed(t *testing.T) {
+	exe := copyOf(t, "sleep")
 	for name, test := range map[string]struct {
 		change   func(*TaskFacts)
 		executed bool
@@ -450,7 +452,7 @@ func TestAChangeOfTheProcessIsNoticed(t *testing.T) {
 			t.Parallel()
 			k := new(fakeKernel)
 			a := attestorOf(t, k, fixed{id: orders})
-			pid := started(t, copyOf(t, "sleep"), "1000").Process.Pid
+			pid := started(t, exe, "1000").Process.Pid
 			h := attest(t, a, peerOf(t, pid))
 			k.set(func() { k.change = func(_ int32, f *TaskFacts) { test.change(f) } })
 			if test.executed {

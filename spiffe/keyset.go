@@ -166,8 +166,7 @@ func (k *KeySet) keys(ctx context.Context, kid string) ([]jose.JSONWebKey, error
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.err != nil {
-		return nil, rejected(CheckKey, "it is signed with the key %.100q, which is not known, and new keys could not be had: %w",
-			kid, k.err)
+		return nil, rejected(CheckKey, "the key %.100q is not known, and new keys could not be had: %w", kid, k.err)
 	}
 	return nil, rejected(CheckKey, "%s has no key %.100q", k.where(), kid)
 }

@@ -191,7 +191,6 @@ func TestAStormOfUnknownKeysIsOneFetchAndHoldsNobodyUp(t *testing.T) {
 	set.now = func() time.Time { return now.Add(2 * time.Hour) } // a fetch is due
 	released := make(chan struct{})
 	s.answers(func(http.ResponseWriter, *http.Request) { <-released })
-	defer sync.OnceFunc(func() { close(released) })()
 	var storm sync.WaitGroup
 	for i := range 1000 {
 		storm.Go(func() {
@@ -212,7 +211,7 @@ func TestAStormOfUnknownKeysIsOneFetchAndHoldsNobodyUp(t *testing.T) {
 	cancel()
 	_, err := set.keys(impatient, "unknown")
 	wantCheck(t, err, CheckKeys, "")
-	released <- struct{}{}
+	close(released)
 	storm.Wait()
 	for range 1000 {
 		if _, err := set.keys(t.Context(), "unknown"); err == nil {
@@ -289,7 +288,8 @@ func TestAnIssuerThatHangsIsWaitedForNoLongerThanTheTimeout(t *testing.T) {
 
 func TestMetadataOfAnotherIssuerOrPlaceIsRefused(t *testing.T) {
 	for name, test := range map[string]struct{ metadata, want string }{
-		"another issuer":      {`{"issuer":"https://evil.test","jwks_uri":"https://evil.test"}`, `"https://evil.test", not of`},
+		"another issuer": {`{"issuer":"https://evil.test","jwks_uri":"https://evil.test"}`,
+			`"https://evil.test", not of`},
 		"the issuer with a /": {`{"issuer":"URL/","jwks_uri":"URL/keys"}`, "write the issuer as it calls itself"},
 		"keys in plain text":  {`{"issuer":"URL","jwks_uri":"http://issuer.test/keys"}`, "is not https"},
 		"keys in a file":      {`{"issuer":"URL","jwks_uri":"file:///etc/passwd"}`, "is no address"},
@@ -328,6 +328,12 @@ func TestTheIssuerIsAskedWithTheNodesOwnToken(t *testing.T) {
 	set := s.set(func(o *KeySetOptions) { o.Remote.Bearer = file })
 	if err := set.Refresh(t.Context()); err == nil {
 		t.Error("no token, but an answer")
+	}
+	if err := os.WriteFile(file, []byte("two\nlines"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := set.Refresh(t.Context()); err == nil || !strings.Contains(err.Error(), file) {
+		t.Error(err)
 	}
 	for _, token := range []string{"first", "second"} {
 		if err := os.WriteFile(file, []byte(token+"\n"), 0o600); err != nil {

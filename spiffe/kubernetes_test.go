@@ -102,7 +102,8 @@ func (a *apiServer) answers(f http.HandlerFunc) { a.answer.Store(&f) }
 
 // review shares what was asked less than a nanosecond ago.
 func (a *apiServer) review(every, stale time.Duration) *Review {
-	return NewReview(ReviewOptions{Server: a.URL, Remote: Remote{CA: a.ca, Bearer: a.bearer}, Every: every, MaxStale: stale})
+	return NewReview(ReviewOptions{Server: a.URL, Remote: Remote{CA: a.ca, Bearer: a.bearer}, Every: every,
+		MaxStale: stale})
 }
 
 func kubernetes(t *testing.T, key signingKey, o KubernetesOptions) *Kubernetes {
@@ -140,28 +141,29 @@ func TestAServiceAccountTokenCountsOnlyForThePodItIsBoundTo(t *testing.T) {
 			at[inner[len(inner)-1]] = value
 		}
 	}
+	of := func(path string, value any) string { return key.sign(t, podClaims(within(path, value)), nil) }
 	for name, test := range map[string]struct {
 		token, check string
 		offline      bool // says the rest otherwise: without a review the issuer's keys have to
 	}{
 		"a good one":            {key.sign(t, podClaims(nil), nil), "", false},
-		"of another pod":        {key.sign(t, podClaims(within("kubernetes.io/pod/uid", staticUID)), nil), CheckPod, false},
-		"of no pod":             {key.sign(t, podClaims(within("kubernetes.io/pod", nil)), nil), CheckPod, false},
-		"a pod that is a text":  {key.sign(t, podClaims(within("kubernetes.io/pod", podUID)), nil), CheckPod, false},
-		"nothing of Kubernetes": {key.sign(t, podClaims(within("kubernetes.io", nil)), nil), CheckPod, false},
-		"of another node":       {key.sign(t, podClaims(within("kubernetes.io/node/name", "node2")), nil), CheckPod, false},
-		"of no node":            {key.sign(t, podClaims(within("kubernetes.io/node", nil)), nil), CheckPod, false},
-		"another service account": {key.sign(t, podClaims(within("kubernetes.io/serviceaccount/name", "admin")), nil),
+		"of another pod":        {of("kubernetes.io/pod/uid", staticUID), CheckPod, false},
+		"of no pod":             {of("kubernetes.io/pod", nil), CheckPod, false},
+		"a pod that is a text":  {of("kubernetes.io/pod", podUID), CheckPod, false},
+		"nothing of Kubernetes": {of("kubernetes.io", nil), CheckPod, false},
+		"of another node":       {of("kubernetes.io/node/name", "node2"), CheckPod, false},
+		"of no node":            {of("kubernetes.io/node", nil), CheckPod, false},
+		"another service account": {of("kubernetes.io/serviceaccount/name", "admin"),
 			CheckClaim, false},
-		"another subject":            {key.sign(t, podClaims(within("sub", "admin")), nil), CheckClaim, false},
-		"for somebody else":          {key.sign(t, podClaims(within("aud", "kafka")), nil), CheckAudience, false},
-		"for the API server too":     {key.sign(t, podClaims(within("aud", []string{"klamm", apiIssuer})), nil), CheckAudience, false},
-		"for the same twice":         {key.sign(t, podClaims(within("aud", []string{"klamm", "klamm"})), nil), CheckAudience, false},
-		"for a list of other things": {key.sign(t, podClaims(within("aud", []any{"klamm", 1})), nil), CheckFormat, false},
-		"expired":                    {key.sign(t, podClaims(within("exp", time.Now().Add(-time.Minute).Unix())), nil), CheckExpiry, false},
+		"another subject":            {of("sub", "admin"), CheckClaim, false},
+		"for somebody else":          {of("aud", "kafka"), CheckAudience, false},
+		"for the API server too":     {of("aud", []string{"klamm", apiIssuer}), CheckAudience, false},
+		"for the same twice":         {of("aud", []string{"klamm", "klamm"}), CheckAudience, false},
+		"for a list of other things": {of("aud", []any{"klamm", 1}), CheckFormat, false},
+		"expired":                    {of("exp", time.Now().Add(-time.Minute).Unix()), CheckExpiry, false},
 		"unsigned":                   {"eyJhbGciOiJub25lIn0.e30.", CheckAlgorithm, false},
 		"opaque":                     {"x", CheckFormat, false},
-		"of another issuer":          {key.sign(t, podClaims(within("iss", "https://evil.test")), nil), CheckIssuer, true},
+		"of another issuer":          {of("iss", "https://evil.test"), CheckIssuer, true},
 		"forged":                     {stranger.sign(t, podClaims(nil), nil), CheckSignature, true},
 	} {
 		for way, k := range ways {
@@ -195,7 +197,7 @@ func TestWhatTheAPIServerSaysOfATokenIsComparedWithIt(t *testing.T) {
 		"no audience":         {func(s *reviewStatus) { s.Audiences = nil }, CheckReview},
 		"another account":     {func(s *reviewStatus) { s.User.Username = "admin" }, CheckReview},
 		"another pod":         {func(s *reviewStatus) { s.User.Extra[extraPodUID] = []string{staticUID} }, CheckReview},
-		"one more pod":        {func(s *reviewStatus) { s.User.Extra[extraPodUID] = []string{podUID, staticUID} }, CheckReview},
+		"one more pod":        {func(s *reviewStatus) { s.User.Extra[extraPodUID] = []string{podUID, "x"} }, CheckReview},
 		"no pod":              {func(s *reviewStatus) { s.User.Extra = nil }, CheckReview},
 		"it quotes the token": {func(s *reviewStatus) { *s = reviewStatus{Error: "no: " + token} }, CheckReview},
 	} {
@@ -310,7 +312,7 @@ func TestAPodsTokenIsFollowedForAsLongAsItsProcessLives(t *testing.T) {
 	api := newAPIServer(t)
 	k := kubernetes(t, key, KubernetesOptions{Issuer: apiIssuer, Review: api.review(3*time.Millisecond, time.Hour)})
 	all, ended := watched(t, k, subjectOf(t, cmd.Process.Pid))
-	if now := next(t, all); now.e != nil || !errors.Is(now.err, os.ErrNotExist) {
+	if now := next(t, all); now.e != nil || now.err != nil {
 		t.Fatalf("before there is a token: %+v", now)
 	}
 	laidOut(t, root, tokenPath, key.sign(t, podClaims(nil), nil)+"\n")
@@ -403,7 +405,7 @@ func TestEvidenceEndsWhenItCannotBeLookedAtForTooLong(t *testing.T) {
 		}{
 			{false, time.Minute, 1, true},
 			{true, 11 * time.Second, 0, true},
-			{true, 8 * time.Second, 1, false},
+			{true, 4 * time.Second, 1, false},
 			{false, 4 * time.Second, 1, true},
 		} {
 			away.Store(step.away)
@@ -491,7 +493,7 @@ func TestSourcesOfUnknownIssuersAreRefused(t *testing.T) {
 }
 
 func FuzzParseReview(f *testing.F) {
-	f.Add([]byte(`{"kind":"TokenReview","status":{"authenticated":true,"audiences":["a"],"user":{"username":"u","extra":{"a":["b"]}}}}`))
+	f.Add([]byte(`{"kind":"TokenReview","status":{"authenticated":true,"audiences":["a"],"user":{"extra":{"a":["b"]}}}}`))
 	f.Add([]byte(`{"kind":"Status"}`))
 	f.Fuzz(func(t *testing.T, answer []byte) {
 		status, err := parseReview(answer)

@@ -20,15 +20,15 @@ const (
 	maxBody = 1 << 20
 )
 
-// Remote is how a server is asked: an issuer, or the API server of Kubernetes. Its files are read anew for each request.
+// Remote is how a server is asked: an issuer, or Kubernetes' API server. Its files are read anew for each request.
 type Remote struct {
 	CA        string // PEM file; empty: the CAs the host trusts
 	Cert, Key string // PEM files of the client's certificate, or both empty
 	Bearer    string // file with the client's token, or empty
 }
 
-// ask sends a request and returns the body of its answer, which must be a success. Errors name the server, never what it
-// said or what it was sent: both may hold secrets, or be anybody's text.
+// ask sends a request and returns the body of its answer, which must be a success. Errors name the server, never what
+// it said or what it was sent: both may hold secrets, or be anybody's text.
 func (r Remote) ask(ctx context.Context, method, url string, body []byte) ([]byte, error) {
 	client, err := r.client()
 	if err != nil {
@@ -40,16 +40,20 @@ func (r Remote) ask(ctx context.Context, method, url string, body []byte) ([]byt
 	if err != nil {
 		return nil, fmt.Errorf("ask %s: %w", url, err)
 	}
-	request.Header.Set("Accept", "application/json")
+	request.Header.Set("Accept", "application/json, application/jwk-set+json") // Kubernetes wants its keys asked for by name
 	if body != nil {
 		request.Header.Set("Content-Type", "application/json")
 	}
 	if r.Bearer != "" {
-		token, err := os.ReadFile(r.Bearer)
+		text, err := os.ReadFile(r.Bearer)
 		if err != nil {
 			return nil, fmt.Errorf("read the token for %s: %w", url, err)
 		}
-		request.Header.Set("Authorization", "Bearer "+strings.TrimSpace(string(token)))
+		token := strings.Fields(string(text))
+		if len(token) != 1 {
+			return nil, fmt.Errorf("%s has no token alone, for %s", r.Bearer, url)
+		}
+		request.Header.Set("Authorization", "Bearer "+token[0])
 	}
 	answer, err := client.Do(request)
 	if err != nil {

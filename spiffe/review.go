@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"slices"
@@ -69,7 +70,8 @@ func (r *Review) check(ctx context.Context, token, audience, account, podUID str
 	case err != nil:
 		return err
 	case !status.Authenticated:
-		return rejected(CheckReview, "the API server does not accept it: %.300s", strings.ReplaceAll(status.Error, token, "…"))
+		why := strings.ReplaceAll(status.Error, token, "…")
+		return rejected(CheckReview, "the API server does not accept it: %.300s", why)
 	case !slices.Contains(status.Audiences, audience):
 		return rejected(CheckReview, "the API server did not look at its audience")
 	case status.User.Username != account:
@@ -134,7 +136,7 @@ func parseReview(answer []byte) (reviewStatus, error) {
 		Status reviewStatus `json:"status"`
 	}
 	if json.Unmarshal(answer, &review) != nil || review.Kind != "TokenReview" {
-		return reviewStatus{}, unknownError{fmt.Errorf("the API server's answer is no TokenReview")}
+		return reviewStatus{}, unknownError{errors.New("the API server's answer is no TokenReview")}
 	}
 	return review.Status, nil
 }

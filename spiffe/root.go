@@ -58,8 +58,8 @@ func (r *fileReaders) leave(owner string) {
 	}
 }
 
-// readFile reads a regular file of at most maxTokenFile bytes as the process sees it: below its root, and only if it may
-// read it itself. fs.ErrNotExist or fs.ErrPermission where it has no such file.
+// readFile reads a regular file of at most maxTokenFile bytes as the process sees it: below its root, and only if it
+// may read it itself. fs.ErrNotExist or fs.ErrPermission where it has no such file.
 func (ps *Processes) readFile(ctx context.Context, p subject, file string) ([]byte, error) {
 	owner := cmp.Or(p.PodUID, fmt.Sprint("uid ", p.UID))
 	text, err := during(ctx, ps, ps.files.slots, p.peer, func() ([]byte, error) {

@@ -75,7 +75,7 @@ func subjectOf(t *testing.T, pid int) subject {
 func TestAWorkloadsFileIsReadAsTheWorkloadSeesIt(t *testing.T) {
 	root, cmd := jailed(t)
 	host := filepath.Join(t.TempDir(), "secret")
-	make := func(name string, mode os.FileMode, uid, gid int) error {
+	write := func(name string, mode os.FileMode, uid, gid int) error {
 		file := filepath.Join(root, name)
 		return errors.Join(os.WriteFile(file, []byte("inside "+name), mode), os.Chmod(file, mode), os.Chown(file, uid, gid))
 	}
@@ -84,14 +84,14 @@ func TestAWorkloadsFileIsReadAsTheWorkloadSeesIt(t *testing.T) {
 		os.WriteFile(host, []byte("OF THE HOST"), 0o644),
 		os.Mkdir(filepath.Join(root, "dir"), 0o755),
 		os.Mkdir(filepath.Join(root, "proc"), 0o755),
-		make("readable", 0o644, 0, 0),
-		make("own", 0o400, nobody, 0),
-		make("own unreadable", 0o044, nobody, 0),
-		make("group", 0o040, 0, nobody),
-		make("group unreadable", 0o004, 0, nobody),
-		make("supplementary", 0o040, 0, 4242),
-		make("root's", 0o600, 0, 0),
-		make("another's", 0o600, 1000, 1000),
+		write("readable", 0o644, 0, 0),
+		write("own", 0o400, nobody, 0),
+		write("own unreadable", 0o044, nobody, 0),
+		write("group", 0o040, 0, nobody),
+		write("group unreadable", 0o004, 0, nobody),
+		write("supplementary", 0o040, 0, 4242),
+		write("root's", 0o600, 0, 0),
+		write("another's", 0o600, 1000, 1000),
 		link(host, "absolute"),
 		link("../../../../../../../../.."+host, "dots"),
 		link("/readable", "absolute inside"),
@@ -99,8 +99,8 @@ func TestAWorkloadsFileIsReadAsTheWorkloadSeesIt(t *testing.T) {
 		link(fmt.Sprintf("/proc/%d/root%s", os.Getpid(), host), "magic"),
 		unix.Mkfifo(filepath.Join(root, "pipe"), 0o644),
 		unix.Mknod(filepath.Join(root, "device"), unix.S_IFCHR|0o644, int(unix.Mkdev(1, 5))), // /dev/zero
-		os.WriteFile(filepath.Join(root, "huge"), make64(maxTokenFile+1), 0o644),
-		os.WriteFile(filepath.Join(root, "large"), make64(maxTokenFile), 0o644),
+		os.WriteFile(filepath.Join(root, "huge"), filled(maxTokenFile+1), 0o644),
+		os.WriteFile(filepath.Join(root, "large"), filled(maxTokenFile), 0o644),
 		unix.Mount("proc", filepath.Join(root, "proc"), "proc", 0, ""),
 	); err != nil {
 		t.Fatal(err)
@@ -149,7 +149,7 @@ func TestAWorkloadsFileIsReadAsTheWorkloadSeesIt(t *testing.T) {
 	}
 }
 
-func make64(n int) []byte { return []byte(strings.Repeat("x", n)) }
+func filled(n int) []byte { return []byte(strings.Repeat("x", n)) }
 
 func TestNothingIsReadOfAProcessThatIsNotTheOneThatConnected(t *testing.T) {
 	root, cmd := jailed(t)

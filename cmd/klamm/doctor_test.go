@@ -89,6 +89,8 @@ func TestTheDoctorSaysWhatToDo(t *testing.T) {
 
 func TestTheDoctorChecksTheConfigurationAndItsClusters(t *testing.T) {
 	broker, down := stage.StartBroker(t), stage.DownAddr(t)
+	token := filepath.Join(t.TempDir(), "token")
+	stage.WriteFile(t, token, "token\n")
 	unknown := stage.Config{"clusters": stage.Clusters("broker.invalid:9092")}
 	agent, err := fake.New(fake.Options{})
 	if err != nil {
@@ -111,6 +113,11 @@ func TestTheDoctorChecksTheConfigurationAndItsClusters(t *testing.T) {
 		"a cluster that answers":     {broker.Addr(), nil, "", ""},
 		"a cluster that is down":     {down, nil, "cluster main", "connection refused"},
 		"a policy that is not there": {broker.Addr(), stage.Config{"policies": "[gone.yaml]"}, "policies", "no such file"},
+		"an issuer that is down": {broker.Addr(),
+			stage.Config{"oidc": "[{issuer: 'http://" + down + "', audiences: [kafka]}]"},
+			"issuer http://" + down, "connection refused"},
+		"an API server that is down": {broker.Addr(), stage.Config{"kubernetes": "{review: {server: 'https://" + down +
+			"', token-file: '" + token + "'}}"}, "token reviews", "connection refused"},
 		"a name nobody knows":        {broker.Addr(), unknown, "cluster main", "cannot resolve"},
 		"an agent that serves":       {broker.Addr(), spire("broker", agent.Socket("broker")), "", ""},
 		"an agent that is not there": {broker.Addr(), spire("broker", "/gone.sock"), "SPIRE agent", "start the SPIRE agent"},

@@ -4,9 +4,11 @@ package upstream
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
@@ -120,12 +122,14 @@ func (u *Upstream) open(ctx context.Context, b *Broker, name string, who Identit
 	if err := u.identify(b, who); err != nil {
 		return err
 	}
+	shown := false
 	if u.tls != nil {
 		conn, err := u.tls.handshake(ctx, b.Conn, name, u.subject(who))
 		if err != nil {
 			return err
 		}
-		if b.Conn = conn; u.tls.Certificate == Workload && !conn.shown {
+		shown = conn.shown
+		if b.Conn = conn; u.tls.Certificate == Workload && !shown {
 			return fmt.Errorf("%w: the broker asks for no certificate, so it does not learn who the workload is "+
 				"(Kafka: ssl.client.auth=required)", ErrTLS)
 		}
@@ -134,7 +138,7 @@ func (u *Upstream) open(ctx context.Context, b *Broker, name string, who Identit
 		b.Login = &Login{mechanism: u.login.mechanism(who, u.tokens), broker: name}
 		return b.Login.Exchange(ctx, caller(b.Conn))
 	}
-	if u.tls == nil {
+	if !shown {
 		return nil
 	}
 	return hello(b.Conn)
@@ -163,14 +167,34 @@ func (u *Upstream) subject(who Identity) Identity {
 	return who
 }
 
-// hello is for brokers that the node does not log in at. In TLS 1.3 a client whose certificate is refused learns of it
-// with the first answer, which should not be one to a client.
+// hello is for brokers that were shown a certificate, and that the node does not log in at. In TLS 1.3 a client whose
+// certificate is refused learns of it with the first answer, which should not be one to a client. Where the client is to
+// log in, the broker would take no second ApiVersions before that (SaslServerAuthenticator).
 func hello(conn net.Conn) error {
 	req := kmsg.NewPtrApiVersionsRequest()
 	if _, err := caller(conn)(req); err != nil {
 		return fmt.Errorf("%w: the broker ends it after the handshake: %w", ErrTLS, err)
 	}
 	return nil
+}
+
+// AsWorkload tells whether the broker knows the workload by its SVID.
+func (b *Broker) AsWorkload() bool { return b.svid != nil }
+
+// String says what was agreed on, for diagnosis.
+func (b *Broker) String() string {
+	said := []string{"plaintext"}
+	if secure, is := b.Conn.(*secured); is {
+		state := secure.ConnectionState()
+		said[0] = fmt.Sprintf("%s with %s", tls.VersionName(state.Version), state.PeerCertificates[0].Subject)
+	}
+	if b.svid != nil {
+		said = append(said, "on behalf of "+b.svid.ID.String())
+	}
+	if b.Login != nil {
+		said = append(said, "logged in by "+b.Login.mechanism.Name())
+	}
+	return strings.Join(said, ", ")
 }
 
 // Current tells whether the broker still knows the workload as who it is: nil, or why not. An SVID that was replaced by

@@ -16,7 +16,7 @@ import (
 	"klamm/test/kafka"
 )
 
-// NodeOptions say what a node does. All are required.
+// NodeOptions say what a node does. All without a remark are required.
 type NodeOptions struct {
 	Cgroup  string   // cgroup2 directory whose connects are redirected
 	Runs    string   // the cgroup in it that the node itself runs in
@@ -24,6 +24,8 @@ type NodeOptions struct {
 	Brokers []string // host:port of each
 	UID     uint32   // whose processes are spiffe://example.test/workload
 	Policy  string   // the text of the policy file
+	Metrics string   // host:port of its metrics; optional
+	More    string   // further sections of klamm.yaml; optional
 	// Start starts the node with the path of its klamm.yaml.
 	Start func(place kafka.Place, config string) (*Process, error)
 }
@@ -42,9 +44,12 @@ func Binary(path string) func(kafka.Place, string) (*Process, error) {
 
 // StartNode starts a node and waits until it is ready. Its audit lines are in audit.log.
 func StartNode(ctx context.Context, o NodeOptions) (*Process, error) {
-	metrics, err := FreeAddr()
-	if err != nil {
-		return nil, err
+	metrics := o.Metrics
+	if metrics == "" {
+		var err error
+		if metrics, err = FreeAddr(); err != nil {
+			return nil, err
+		}
 	}
 	config, err := o.write(metrics)
 	if err != nil {
@@ -80,7 +85,7 @@ identities: [{name: workload, spiffe-id: "%s", uid: %d}]
 policies: [policy.yaml]
 audit: {file: audit.log}
 metrics: {listen: "%s"}
-`, o.Cgroup, strings.Join(ports, ", "), strings.Join(bootstrap, ", "), Workload, o.UID, metrics)
+%s`, o.Cgroup, strings.Join(ports, ", "), strings.Join(bootstrap, ", "), Workload, o.UID, metrics, o.More)
 	return config, errors.Join(os.WriteFile(config, []byte(text), 0o600),
 		os.WriteFile(filepath.Join(o.Dir, "policy.yaml"), []byte(o.Policy), 0o600))
 }

@@ -3,13 +3,10 @@ package main
 import (
 	"context"
 	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -20,271 +17,132 @@ import (
 	"klamm/test/ca"
 	"klamm/test/host"
 	"klamm/test/kafka"
+	"klamm/test/spire"
 )
 
-// launcher runs the programs of a rig; kubernetes.Node is one.
-type launcher interface {
-	Start(name, below, command string) error
-	Stop(name string, how syscall.Signal) error
-	Alive(name string) error
-}
-
-// spire is a real SPIRE server, agent and OIDC discovery provider. Intervals are SPIRE's defaults.
-type spire struct {
-	dir, bin string
-	run      launcher
-	issuer   string // of JWT-SVIDs
-}
+// The bounds within which rights end.
+const (
+	revokedBound = 15 * time.Second // after an entry is deleted, SPIRE's own intervals included
+	expiredBound = time.Second      // after an SVID or token has expired
+)
 
 // SPIFFE IDs.
 const (
-	trustDomain = "spiffe://example.test/"
-	klammID     = trustDomain + "klamm"
+	trustDomain = "spiffe://" + spire.TrustDomain + "/"
 	ordersID    = trustDomain + "ns/shop/sa/orders"
 	billingID   = trustDomain + "ns/shop/sa/billing"
-	agentOf     = trustDomain + "node"
+	lateID      = trustDomain + "late"
+	briefID     = trustDomain + "brief"
 )
 
-const serverConfig = `server {
-    bind_address = "127.0.0.1"
-    bind_port = "{port}"
-    socket_path = "{dir}/server/api.sock"
-    trust_domain = "example.test"
-    data_dir = "{dir}/server"
-    log_level = "DEBUG"
-    jwt_issuer = "{issuer}"
-}
-plugins {
-    DataStore "sql" {
-        plugin_data {
-            database_type = "sqlite3"
-            connection_string = "{dir}/server/datastore.sqlite3"
-        }
-    }
-    NodeAttestor "join_token" { plugin_data {} }
-    KeyManager "disk" { plugin_data { keys_path = "{dir}/server/keys.json" } }
-}
+const briefLife = 20 * time.Second // of the SVIDs of brief: the shortest of which none is missed
+
+// identified lets each workload use its topic, and nobody else do anything.
+const identified = `apiVersion: klamm/v1
+rules:
+  - {name: orders, principals: ["` + ordersID + `"], allow: [{topic: orders, operations: [Read, Write, Describe]}]}
+  - {name: billing, principals: ["` + billingID + `"], allow: [{topic: billing, operations: [Read, Write, Describe]}]}
+  - {name: late, principals: ["` + lateID + `"], allow: [{topic: orders, operations: [Describe]}]}
+  - {name: brief, principals: ["` + briefID + `"], allow: [{topic: orders, operations: [Describe]}]}
 `
 
-const agentConfig = `agent {
-    data_dir = "{dir}/agent/data"
-    log_level = "DEBUG"
-    server_address = "127.0.0.1"
-    server_port = "{port}"
-    socket_path = "{dir}/agent/public/api.sock"
-    admin_socket_path = "{dir}/agent/private/admin.sock"
-    trust_bundle_path = "{dir}/agent/bootstrap.pem"
-    trust_domain = "example.test"
-    authorized_delegates = ["` + klammID + `"]
-    experimental {
-        broker {
-            socket_path = "{dir}/agent/broker/broker.sock"
-            brokers = [
-                {
-                    id = "` + klammID + `"
-                    allowed_reference_types = [
-                        { type_url = "type.googleapis.com/spiffe.broker.WorkloadPIDReference" },
-                    ]
-                },
-            ]
-        }
-    }
+// attested is a world with SPIRE, brokers that believe its SVIDs, and a node that asks it.
+type attested struct {
+	*world
+	spire     *spire.SPIRE
+	authority *ca.Authority // of the brokers
+	cluster   *kafka.Cluster
+	node      *node
+	late      string // the entry that comes late
 }
-plugins {
-    NodeAttestor "join_token" { plugin_data {} }
-    KeyManager "disk" { plugin_data { directory = "{dir}/agent/data" } }
-    WorkloadAttestor "unix" { plugin_data { discover_workload_path = true } }
-    {attestor}
-}
-`
 
-const providerConfig = `domains = ["127.0.0.1"]
-jwt_issuer = "{issuer}"
-serving_cert_file {
-    cert_file_path = "{dir}/oidc.crt"
-    key_file_path = "{dir}/oidc.key"
-    addr = "{provider}"
-}
-server_api { address = "unix://{dir}/server/api.sock" }
-`
+// syncInterval is SPIRE's own default, for its agent and for its server.
+const syncInterval = 5 * time.Second
 
-// startSPIRE starts all of it below dir, where run runs programs. attestor is one more plugin of the agent, or "". What
-// entries there are to be at the start, the agent then knows at once.
-func startSPIRE(ctx context.Context, dir string, run launcher, authority *ca.Authority, attestor string, entries ...entry) (
-	*spire, error,
-) {
-	cache, err := kafka.Cache()
-	if err != nil {
+// newAttested starts SPIRE with these entries, and brokers.
+func newAttested(ctx context.Context, name string, opts kafka.Options, entries ...spire.Entry) (_ *attested, err error) {
+	a := &attested{}
+	if a.world, err = newWorld(name); err != nil {
 		return nil, err
 	}
-	server, err := host.FreeAddr()
-	if err != nil {
-		return nil, err
-	}
-	provider, err := host.FreeAddr()
-	if err != nil {
-		return nil, err
-	}
-	s := &spire{dir: filepath.Join(dir, "spire"), bin: filepath.Join(cache, "spire/current"), run: run,
-		issuer: "https://" + provider}
-	for _, below := range []string{"server", "agent/public", "agent/private", "agent/broker", "agent/data"} {
-		if err := os.MkdirAll(filepath.Join(s.dir, below), 0o755); err != nil {
-			return nil, err
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, a.close())
 		}
+	}()
+	if a.authority, err = ca.New("klamm identity"); err != nil {
+		return nil, err
 	}
-	certificate, err := authority.Issue(ca.Leaf{Subject: pkix.Name{CommonName: "provider"}, Names: []string{"127.0.0.1"}})
+	binary, err := klammBinary(ctx)
 	if err != nil {
 		return nil, err
 	}
-	if err := ca.Write(certificate, filepath.Join(s.dir, "oidc.crt"), filepath.Join(s.dir, "oidc.key")); err != nil {
+	if err := os.Mkdir(a.file("spire"), 0o755); err != nil {
 		return nil, err
 	}
-	fill := strings.NewReplacer("{dir}", s.dir, "{port}", portOf(server), "{issuer}", s.issuer, "{provider}", provider,
-		"{attestor}", attestor)
-	for name, text := range map[string]string{"server": serverConfig, "agent": agentConfig, "provider": providerConfig} {
-		if err := os.WriteFile(s.config(name), []byte(fill.Replace(text)), 0o600); err != nil {
-			return nil, err
-		}
-	}
-	if err := s.startServer(ctx); err != nil {
-		return nil, err
-	}
-	token, err := s.server("token", "generate", "-spiffeID", agentOf)
+	a.spire, err = spire.New(ctx, spire.Options{Dir: a.file("spire"), Discovery: true, SyncInterval: syncInterval,
+		CacheInterval: syncInterval, NodeSelectors: []string{"unix:uid:0", "unix:path:" + binary}})
 	if err != nil {
 		return nil, err
 	}
+	a.onClose(a.spire.Stop)
 	for _, e := range entries {
-		if err := s.create(e); err != nil {
+		if _, err := a.spire.Register(ctx, e); err != nil {
 			return nil, err
 		}
 	}
-	join := " -joinToken " + strings.TrimSpace(strings.TrimPrefix(token, "Token:"))
-	return s, errors.Join(s.startAgent(ctx, join),
-		run.Start("oidc-discovery-provider", "", s.program("oidc-discovery-provider")+" -config "+s.config("provider")))
+	if err := a.trust(ctx, &opts); err != nil {
+		return nil, err
+	}
+	a.cluster, err = a.startKafka(ctx, opts)
+	return a, err
 }
 
-func (s *spire) config(name string) string  { return filepath.Join(s.dir, name+".conf") }
-func (s *spire) program(name string) string { return filepath.Join(s.bin, name) }
-func (s *spire) keySet() string             { return s.issuer + "/keys" }
-func (s *spire) workloadAPI() string        { return filepath.Join(s.dir, "agent/public/api.sock") }
+// trust has the brokers believe SVIDs.
+func (a *attested) trust(ctx context.Context, opts *kafka.Options) error {
+	if opts.TLS != nil {
+		bundle, err := a.spire.Bundle(ctx)
+		if err != nil {
+			return err
+		}
+		clients, err := certificates(bundle)
+		if err != nil {
+			return err
+		}
+		opts.TLS.CA, opts.TLS.Clients = a.authority, append(clients, a.authority.Certificate)
+	}
+	if opts.OAuth == nil {
+		return nil
+	}
+	root, err := os.ReadFile(a.spire.IssuerCA())
+	opts.OAuth.KeySet, opts.OAuth.CA, opts.OAuth.Issuer = a.spire.Issuer()+"/keys", root, a.spire.Issuer()
+	return err
+}
 
-// socket is where an API of the agent is served.
-func (s *spire) socket(api string) string {
-	return filepath.Join(s.dir, map[string]string{"delegated": "agent/private/admin.sock", "broker": "agent/broker/broker.sock"}[api])
+func certificates(pemText []byte) (all []*x509.Certificate, err error) {
+	for block, rest := pem.Decode(pemText); block != nil; block, rest = pem.Decode(rest) {
+		c, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, c)
+	}
+	return all, nil
+}
+
+// user is an entry of the processes of a user.
+func user(uid int, id string) spire.Entry {
+	return spire.Entry{ID: id, Selectors: []string{"unix:uid:" + strconv.Itoa(uid)}}
 }
 
 // section is the section spire of a klamm.yaml.
-func (s *spire) section(api string) string {
-	return fmt.Sprintf("{api: %s, socket: %q, workload-api: %q}", api, s.socket(api), s.workloadAPI())
-}
-
-// server runs a command of the server's command line.
-func (s *spire) server(command, verb string, args ...string) (string, error) {
-	args = append([]string{command, verb, "-socketPath", filepath.Join(s.dir, "server/api.sock")}, args...)
-	out, err := exec.Command(s.program("spire-server"), args...).CombinedOutput()
-	if err != nil {
-		return "", fmt.Errorf("spire-server %s %s: %w\n%s", command, verb, err, out)
-	}
-	return string(out), nil
-}
-
-// startServer starts the server and keeps the bundle by which the agent trusts it.
-func (s *spire) startServer(ctx context.Context) error {
-	if err := s.run.Start("spire-server", "", s.program("spire-server")+" run -config "+s.config("server")); err != nil {
-		return err
-	}
-	return until(ctx, "the SPIRE server", waitLimit, func() (bool, error) {
-		bundle, err := s.server("bundle", "show")
-		if err != nil {
-			return false, s.run.Alive("spire-server")
-		}
-		return true, os.WriteFile(filepath.Join(s.dir, "agent/bootstrap.pem"), []byte(bundle), 0o600)
-	})
-}
-
-func (s *spire) startAgent(ctx context.Context, more string) error {
-	if err := s.run.Start("spire-agent", "", s.program("spire-agent")+" run -config "+s.config("agent")+more); err != nil {
-		return err
-	}
-	return until(ctx, "the SPIRE agent", waitLimit, func() (bool, error) {
-		healthy := exec.Command(s.program("spire-agent"), "healthcheck", "-socketPath", s.workloadAPI()).Run() == nil
-		return healthy, s.run.Alive("spire-agent")
-	})
-}
-
-// bundle are the certificates that SVIDs are verified by.
-func (s *spire) bundle() ([]*x509.Certificate, error) {
-	text, err := s.server("bundle", "show")
-	if err != nil {
-		return nil, err
-	}
-	block, _ := pem.Decode([]byte(text))
-	if block == nil {
-		return nil, fmt.Errorf("the server shows no certificate: %s", text)
-	}
-	return x509.ParseCertificates(block.Bytes)
-}
-
-// entry is a registration entry.
-type entry struct {
-	id        string
-	selectors []string
-	dns       string
-	life      time.Duration // of X.509- and JWT-SVIDs; 0: the server's default
-}
-
-// unix is an entry of the processes of a user.
-func unix(id string, uid int) entry {
-	return entry{id: id, selectors: []string{"unix:uid:" + strconv.Itoa(uid)}}
-}
-
-// named is the entry with a DNS name.
-func (e entry) named(dns string) entry {
-	e.dns = dns
-	return e
-}
-
-// lasting is the entry with SVIDs of this life.
-func (e entry) lasting(life time.Duration) entry {
-	e.life = life
-	return e
-}
-
-// klammEntry is the entry of the node itself.
-func klammEntry(binary string) entry {
-	return entry{id: klammID, selectors: []string{"unix:uid:0", "unix:path:" + binary}}
-}
-
-// create creates an entry, whose id delete takes.
-func (s *spire) create(e entry) error {
-	args := []string{"-parentID", agentOf, "-spiffeID", e.id, "-entryID", entryID(e.id)}
-	for _, selector := range e.selectors {
-		args = append(args, "-selector", selector)
-	}
-	if e.dns != "" {
-		args = append(args, "-dns", e.dns)
-	}
-	if e.life > 0 {
-		seconds := strconv.Itoa(int(e.life.Seconds()))
-		args = append(args, "-x509SVIDTTL", seconds, "-jwtSVIDTTL", seconds)
-	}
-	_, err := s.server("entry", "create", args...)
-	return err
-}
-
-func entryID(id string) string {
-	return strings.ReplaceAll(strings.TrimPrefix(id, trustDomain), "/", "-")
-}
-
-// delete deletes the entry of an ID.
-func (s *spire) delete(id string) error {
-	_, err := s.server("entry", "delete", "-entryID", entryID(id))
-	return err
+func (a *attested) section(api string) string {
+	return fmt.Sprintf("{api: %s, socket: %q, workload-api: %q}", api, a.spire.Socket(api), a.spire.WorkloadAPI())
 }
 
 // expiry is when the X509-SVID ends that the agent has now for the processes of a user.
-func (s *spire) expiry(uid uint32) (time.Time, error) {
-	p, err := host.StartSelf(kafka.Place{UID: uid, GID: uid}, "svid", s.workloadAPI())
+func (a *attested) expiry(uid uint32) (time.Time, error) {
+	p, err := host.StartSelf(kafka.Place{UID: uid, GID: uid}, "svid", a.spire.WorkloadAPI())
 	if err != nil {
 		return time.Time{}, err
 	}
@@ -306,4 +164,274 @@ func fetchSVID(args []string) int {
 	}
 	fmt.Println(svid.Certificates[0].NotAfter.Format(time.RFC3339Nano))
 	return 0
+}
+
+func spireSuite(ctx context.Context, tell tell) {
+	brief := user(briefUID, briefID)
+	brief.X509TTL, brief.JWTTTL = briefLife, briefLife
+	a, err := newAttested(ctx, "spire", kafka.Options{}, user(ordersUID, ordersID), user(billingUID, billingID), brief)
+	if err != nil {
+		tell("SPIRE and Kafka start", "", err)
+		return
+	}
+	defer func() { tell("it leaves nothing behind", "", a.close()) }()
+	for _, api := range []string{"broker", "delegated"} {
+		tell := func(name, measured string, err error) { tell(api+" API: "+name, measured, err) }
+		a.node, err = a.newNode(ctx, api, []int{kafka.PlaintextPort}, identified, sections{
+			"clusters": fmt.Sprintf("[{name: main, bootstrap: [%q]}]", a.cluster.Addrs()[0]),
+			"spire":    a.section(api),
+		})
+		if err == nil {
+			err = a.node.ready(ctx)
+		}
+		if err == nil {
+			_, err = a.identifies(ctx) // once the agent knows the entries
+		}
+		if err != nil {
+			tell("the node starts", "", err)
+			continue
+		}
+		runAll(ctx, tell, []check{
+			{"users have identities of their own, and the audit says so", a.eachHasItsOwn},
+			{"a stranger has none, and no rights", a.strangerHasNone},
+			{"an entry that comes late counts without a reconnect", a.lateEntryCounts},
+			{"a revoked entry ends the rights of an open connection", a.revokedEntryEnds},
+			{"the agent is killed: it is told which socket, and why", a.agentIsMissed},
+			{"the agent is back: the same node identifies again", a.agentIsBack},
+			{"the server is down: workloads keep their identity, and others get theirs from the agent", a.serverIsDown},
+			{"an SVID that expires ends the rights of an open connection", a.expiryEnds},
+			{"the server is back: the next SVID restores them", a.serverIsBack},
+			{"the node starts without a socket and identifies once there is one", a.socketComesLate},
+		})
+		tell("the node ends", "", a.node.stop())
+	}
+}
+
+// holding is a workload of a user with a connection.
+func (a *attested) holding(uid uint32) (*workload, error) {
+	p, err := a.startWorkload(uid)
+	if err != nil {
+		return nil, err
+	}
+	if err := p.connect(a.cluster.Addrs()[0]); err != nil {
+		return nil, errors.Join(err, p.end())
+	}
+	return p, nil
+}
+
+func (a *attested) eachHasItsOwn(ctx context.Context) (string, error) {
+	for _, who := range []struct {
+		uid       uint32
+		id, topic string
+	}{{ordersUID, ordersID, "orders"}, {billingUID, billingID, "billing"}} {
+		p, err := a.holding(who.uid)
+		if err != nil {
+			return "", err
+		}
+		if err := p.sees(who.topic); err != nil {
+			return "", fmt.Errorf("user %d: %w", who.uid, err)
+		}
+		l, err := a.node.awaitAudit(ctx, who.id, func(l auditLine) bool { return l.PID == uint32(p.pid()) })
+		if err != nil {
+			return "", err
+		}
+		if l.SPIFFE != who.id || l.UID != who.uid {
+			return "", fmt.Errorf("the audit does not say user %d and %s: %s", who.uid, who.id, l.text)
+		}
+		if err := p.end(); err != nil {
+			return "", err
+		}
+	}
+	return "", nil
+}
+
+func (a *attested) strangerHasNone(ctx context.Context) (string, error) {
+	p, err := a.holding(strangerUID)
+	if err != nil {
+		return "", err
+	}
+	if err := p.sees(); err != nil {
+		return "", err
+	}
+	l, err := a.node.awaitAudit(ctx, "the stranger", func(l auditLine) bool { return l.PID == uint32(p.pid()) })
+	if err == nil && l.SPIFFE != "" {
+		return "", fmt.Errorf("the audit gives it an identity: %s", l.text)
+	}
+	return "", err
+}
+
+func (a *attested) lateEntryCounts(ctx context.Context) (string, error) {
+	p, err := a.holding(lateUID)
+	if err != nil {
+		return "", err
+	}
+	if err := p.sees(); err != nil {
+		return "", err
+	}
+	if a.late, err = a.spire.Register(ctx, user(lateUID, lateID)); err != nil {
+		return "", err
+	}
+	began := time.Now()
+	err = until(ctx, "the identity to arrive", waitLimit, func() (bool, error) {
+		topics, err := p.topics()
+		return len(topics) > 0, err
+	})
+	return fmt.Sprintf("%.1f s after the entry was made", time.Since(began).Seconds()), err
+}
+
+// rightsEnd waits until the held connection has no rights, or is closed.
+func rightsEnd(ctx context.Context, p *workload, limit time.Duration) (time.Time, error) {
+	err := until(ctx, "the end of rights", limit, func() (bool, error) {
+		topics, err := p.topics()
+		return err != nil || len(topics) == 0, nil
+	})
+	return time.Now(), err
+}
+
+func (a *attested) revokedEntryEnds(ctx context.Context) (string, error) {
+	p, err := a.holding(lateUID)
+	if err != nil {
+		return "", err
+	}
+	if err := p.sees("orders"); err != nil {
+		return "", err
+	}
+	if err := a.spire.Remove(ctx, a.late); err != nil {
+		return "", err
+	}
+	began := time.Now()
+	end, err := rightsEnd(ctx, p, waitLimit)
+	if err != nil {
+		return "", err
+	}
+	measured := fmt.Sprintf("%.1f s after the entry was deleted", end.Sub(began).Seconds())
+	if end.Sub(began) > revokedBound {
+		return measured, fmt.Errorf("it took longer than %v", revokedBound)
+	}
+	if err := p.connect(a.cluster.Addrs()[0]); err != nil {
+		return measured, err
+	}
+	return measured, p.sees() // a new connection has no rights either
+}
+
+// noIdentity fails when a new connection of orders has rights. It may be refused.
+func (a *attested) noIdentity() error {
+	p, err := a.holding(ordersUID)
+	if err != nil {
+		return nil
+	}
+	defer func() { _ = p.end() }()
+	if topics, err := p.topics(); err == nil && len(topics) > 0 {
+		return fmt.Errorf("it sees %q", topics)
+	}
+	return nil
+}
+
+func (a *attested) agentIsMissed(ctx context.Context) (string, error) {
+	if err := a.spire.StopAgent(syscall.SIGKILL); err != nil {
+		return "", err
+	}
+	began := time.Now()
+	err := until(ctx, "new connections to be without rights", waitLimit, func() (bool, error) {
+		return a.noIdentity() == nil, nil
+	})
+	if err != nil {
+		return "", err
+	}
+	measured := fmt.Sprintf("new connections are without rights after %.1f s", time.Since(began).Seconds())
+	return measured, a.tellsOfSocket(ctx)
+}
+
+// tellsOfSocket waits for the log to name the socket that does not answer.
+func (a *attested) tellsOfSocket(ctx context.Context) error {
+	return until(ctx, "the log to name the socket", waitLimit, func() (bool, error) {
+		return a.node.logged(a.file("spire"))
+	})
+}
+
+// identifies waits until a new connection of orders has its rights.
+func (a *attested) identifies(ctx context.Context) (string, error) {
+	began := time.Now()
+	err := until(ctx, "a new connection to be identified", waitLimit, func() (bool, error) {
+		p, err := a.holding(ordersUID)
+		if err != nil {
+			return false, nil // refused
+		}
+		defer func() { _ = p.end() }()
+		return p.sees("orders") == nil, nil
+	})
+	return fmt.Sprintf("after %.1f s", time.Since(began).Seconds()), err
+}
+
+func (a *attested) agentIsBack(ctx context.Context) (string, error) {
+	if err := a.spire.StartAgent(ctx); err != nil {
+		return "", err
+	}
+	return a.identifies(ctx)
+}
+
+func (a *attested) serverIsDown(ctx context.Context) (string, error) {
+	if err := a.spire.StopServer(syscall.SIGTERM); err != nil {
+		return "", err
+	}
+	return a.identifies(ctx)
+}
+
+func (a *attested) expiryEnds(ctx context.Context) (string, error) {
+	p, err := a.holding(briefUID)
+	if err != nil {
+		return "", err
+	}
+	if err := p.sees("orders"); err != nil {
+		return "", err
+	}
+	expiry, err := a.expiry(briefUID)
+	if err != nil {
+		return "", err
+	}
+	end, err := rightsEnd(ctx, p, time.Until(expiry)+waitLimit)
+	if err != nil {
+		return "", err
+	}
+	return within(expiry, end)
+}
+
+func (a *attested) serverIsBack(ctx context.Context) (string, error) {
+	if err := a.spire.StartServer(ctx); err != nil {
+		return "", err
+	}
+	began := time.Now()
+	err := until(ctx, "a new SVID", 2*waitLimit, func() (bool, error) {
+		p, err := a.holding(briefUID)
+		if err != nil {
+			return false, nil // refused
+		}
+		defer func() { _ = p.end() }()
+		return p.sees("orders") == nil, nil
+	})
+	return fmt.Sprintf("after %.1f s", time.Since(began).Seconds()), err
+}
+
+func (a *attested) socketComesLate(ctx context.Context) (string, error) {
+	err := errors.Join(a.node.stop(), a.spire.StopAgent(syscall.SIGTERM))
+	if err != nil {
+		return "", err
+	}
+	if err := os.Truncate(a.node.file("node.log"), 0); err != nil {
+		return "", err
+	}
+	if err := a.node.start(ctx); err != nil {
+		return "", err
+	}
+	if err := errors.Join(a.noIdentity(), a.tellsOfSocket(ctx)); err != nil {
+		return "", err
+	}
+	out, err := a.node.klamm("status")
+	if err == nil && !strings.Contains(out, a.file("spire")) {
+		err = fmt.Errorf("klamm status does not name the socket:\n%s", out)
+	}
+	if err := errors.Join(err, a.spire.StartAgent(ctx)); err != nil {
+		return "", err
+	}
+	return a.identifies(ctx)
 }

@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"sync"
 	"syscall"
 
 	"github.com/twmb/franz-go/pkg/kmsg"
@@ -30,6 +31,7 @@ type workload struct {
 	orders  *os.File
 	answers *bufio.Reader
 	output  *os.File
+	end     func() error // ends it and whatever goes on in its place
 }
 
 // startWorkload starts a workload of a user below the redirected cgroup. It ends with the world.
@@ -60,14 +62,15 @@ func (w *world) startWorkloadIn(below string, uid uint32) (*workload, error) {
 	if err != nil {
 		return nil, errors.Join(err, orders.Close(), output.Close())
 	}
+	p.end = sync.OnceValue(p.stop)
 	w.onClose(p.end)
 	return p, nil
 }
 
 func (p *workload) pid() int { return p.cmd.Process.Pid }
 
-// end ends the workload and whatever goes on in its place: that sees the end of its orders.
-func (p *workload) end() error {
+// stop ends the workload; whatever goes on in its place sees the end of its orders.
+func (p *workload) stop() error {
 	err := p.orders.Close()
 	if p.cmd.ProcessState == nil {
 		err = errors.Join(err, kafka.Kill(p.cmd))

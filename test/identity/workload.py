@@ -5,6 +5,7 @@ connection on, as servers do.
 """
 import json
 import os
+import signal
 import socket
 import sys
 
@@ -45,9 +46,10 @@ def ended(o):
 
 
 def fork(_):
-    """The child goes on, and the parent exits."""
+    """The child goes on, in a process group of its own; the parent waits to be killed."""
     if os.fork():
-        os._exit(0)
+        signal.pause()
+    os.setpgid(0, 0)
     return {"pid": os.getpid()}
 
 

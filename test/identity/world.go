@@ -19,6 +19,7 @@ const (
 	billingUID  = 61102
 	strangerUID = 61103
 	lateUID     = 61104
+	briefUID    = 61105
 )
 
 // world is what a suite has to itself: a directory, and a cgroup whose connects its node redirects.
@@ -59,6 +60,8 @@ func (w *world) close() error {
 	return os.RemoveAll(w.dir)
 }
 
+const topicPartitions = 3
+
 // startKafka starts brokers whose authorizer logs what it decides. The anonymous principal of the plaintext listener may
 // do everything, the others only what they are allowed.
 func (w *world) startKafka(ctx context.Context, opts kafka.Options) (*kafka.Cluster, error) {
@@ -70,7 +73,7 @@ func (w *world) startKafka(ctx context.Context, opts kafka.Options) (*kafka.Clus
 	}
 	w.onClose(c.Stop)
 	for _, topic := range []string{"orders", "billing", "payouts"} {
-		if err := c.CreateTopic(ctx, topic, 1); err != nil {
+		if err := c.CreateTopic(ctx, topic, topicPartitions); err != nil {
 			return nil, err
 		}
 	}

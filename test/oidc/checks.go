@@ -50,7 +50,8 @@ func Checks() []Check {
 
 // tokens are those of the issuer as a node trusts them; change may say otherwise.
 func tokens(p *Provider, change func(*spiffe.Issuer)) (*spiffe.Tokens, *spiffe.KeySet, error) {
-	keys := spiffe.NewKeySet(spiffe.KeySetOptions{Issuer: p.URL(), Refresh: time.Hour, MaxStale: time.Hour, Pace: time.Millisecond})
+	keys := spiffe.NewKeySet(spiffe.KeySetOptions{Issuer: p.URL(), Refresh: time.Hour, MaxStale: time.Hour,
+		Pace: time.Millisecond})
 	i := spiffe.Issuer{Issuer: p.URL(), Keys: keys, Audiences: []string{"other", audience}, MaxAge: time.Hour,
 		Required: []string{"team"}}
 	if change != nil {
@@ -94,56 +95,71 @@ type forgery struct {
 }
 
 var forgeries = []forgery{
-	{"a token for another audience", spiffe.CheckAudience, func(ctx context.Context, p *Provider, _ string) (string, error) {
-		return p.Token(ctx, Ask{Audience: "somebody-else", Algorithm: "ES256", Life: time.Minute})
-	}, nil},
-	{"a token without a required claim", spiffe.CheckClaim, same, func(i *spiffe.Issuer) { i.Required = []string{"clearance"} }},
+	{"a token for another audience", spiffe.CheckAudience, forSomebodyElse, nil},
+	{"a token without a required claim", spiffe.CheckClaim, same,
+		func(i *spiffe.Issuer) { i.Required = []string{"clearance"} }},
 	{"a token whose principal is no text", spiffe.CheckClaim, same, func(i *spiffe.Issuer) { i.Principal = "exp" }},
 	{"an algorithm that is not allowed", spiffe.CheckAlgorithm, same,
 		func(i *spiffe.Issuer) { i.Algorithms = []string{"RS256"} }},
 	{"a token of another issuer", spiffe.CheckIssuer, same, func(i *spiffe.Issuer) { i.Issuer += "/" }},
-	{"a token with changed claims", spiffe.CheckSignature, func(_ context.Context, _ *Provider, good string) (string, error) {
-		parts := strings.Split(good, ".")
-		claims, err := base64.RawURLEncoding.DecodeString(parts[1])
-		parts[1] = encode(bytes.Replace(claims, []byte(`"sub":"orders"`), []byte(`"sub":"admins"`), 1))
-		return strings.Join(parts, "."), err
-	}, nil},
-	{"a token without its signature", spiffe.CheckSignature, func(_ context.Context, _ *Provider, good string) (string, error) {
-		return good[:strings.LastIndexByte(good, '.')+1], nil
-	}, nil},
-	{"alg none", spiffe.CheckAlgorithm, func(_ context.Context, _ *Provider, good string) (string, error) {
-		return encode([]byte(`{"alg":"none","typ":"at+jwt"}`)) + "." + strings.Split(good, ".")[1] + ".", nil
-	}, nil},
-	{"HS256 with the issuer's public key", spiffe.CheckAlgorithm, func(ctx context.Context, p *Provider, good string) (string, error) {
-		key, err := p.publicKey(ctx, "RS256")
-		if err != nil {
-			return "", err
-		}
-		secret, err := x509.MarshalPKIXPublicKey(key.Key)
-		if err != nil {
-			return "", err
-		}
-		return signAgain(good, jose.SigningKey{Algorithm: jose.HS256, Key: secret}, key.KeyID)
-	}, nil},
-	{"another's signature under the issuer's key id", spiffe.CheckSignature,
-		func(ctx context.Context, p *Provider, good string) (string, error) {
-			key, err := p.publicKey(ctx, "ES256")
-			if err != nil {
-				return "", err
-			}
-			own, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-			if err != nil {
-				return "", err
-			}
-			return signAgain(good, jose.SigningKey{Algorithm: jose.ES256, Key: own}, key.KeyID)
-		}, nil},
-	{"another's signature under a key id of its own", spiffe.CheckKey, func(_ context.Context, _ *Provider, good string) (string, error) {
-		own, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-		if err != nil {
-			return "", err
-		}
-		return signAgain(good, jose.SigningKey{Algorithm: jose.ES256, Key: own}, "own")
-	}, nil},
+	{"a token with changed claims", spiffe.CheckSignature, changedClaims, nil},
+	{"a token without its signature", spiffe.CheckSignature, unsigned, nil},
+	{"alg none", spiffe.CheckAlgorithm, algNone, nil},
+	{"HS256 with the issuer's public key", spiffe.CheckAlgorithm, hs256, nil},
+	{"another's signature under the issuer's key id", spiffe.CheckSignature, forged, nil},
+	{"another's signature under a key id of its own", spiffe.CheckKey, selfSigned, nil},
+}
+
+func forSomebodyElse(ctx context.Context, p *Provider, _ string) (string, error) {
+	return p.Token(ctx, Ask{Audience: "somebody-else", Algorithm: "ES256", Life: time.Minute})
+}
+
+func changedClaims(_ context.Context, _ *Provider, good string) (string, error) {
+	parts := strings.Split(good, ".")
+	claims, err := base64.RawURLEncoding.DecodeString(parts[1])
+	parts[1] = encode(bytes.Replace(claims, []byte(`"sub":"orders"`), []byte(`"sub":"admins"`), 1))
+	return strings.Join(parts, "."), err
+}
+
+func unsigned(_ context.Context, _ *Provider, good string) (string, error) {
+	return good[:strings.LastIndexByte(good, '.')+1], nil
+}
+
+func algNone(_ context.Context, _ *Provider, good string) (string, error) {
+	return encode([]byte(`{"alg":"none","typ":"at+jwt"}`)) + "." + strings.Split(good, ".")[1] + ".", nil
+}
+
+func hs256(ctx context.Context, p *Provider, good string) (string, error) {
+	key, err := p.publicKey(ctx, "RS256")
+	if err != nil {
+		return "", err
+	}
+	secret, err := x509.MarshalPKIXPublicKey(key.Key)
+	if err != nil {
+		return "", err
+	}
+	return signAgain(good, jose.SigningKey{Algorithm: jose.HS256, Key: secret}, key.KeyID)
+}
+
+func forged(ctx context.Context, p *Provider, good string) (string, error) {
+	key, err := p.publicKey(ctx, "ES256")
+	if err != nil {
+		return "", err
+	}
+	return signOneself(good, key.KeyID)
+}
+
+func selfSigned(_ context.Context, _ *Provider, good string) (string, error) {
+	return signOneself(good, "own")
+}
+
+// signOneself signs the claims of a token with a key that is nobody's.
+func signOneself(token, kid string) (string, error) {
+	own, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return "", err
+	}
+	return signAgain(token, jose.SigningKey{Algorithm: jose.ES256, Key: own}, kid)
 }
 
 func same(_ context.Context, _ *Provider, good string) (string, error) { return good, nil }
@@ -262,7 +278,8 @@ func rotated(ctx context.Context, p *Provider) (string, error) {
 }
 
 func storm(ctx context.Context, p *Provider) (string, error) {
-	keys := spiffe.NewKeySet(spiffe.KeySetOptions{URL: p.KeysURL(), Refresh: time.Hour, MaxStale: time.Hour, Pace: time.Hour})
+	keys := spiffe.NewKeySet(spiffe.KeySetOptions{URL: p.KeysURL(), Refresh: time.Hour, MaxStale: time.Hour,
+		Pace: time.Hour})
 	verifier, _, err := tokens(p, func(i *spiffe.Issuer) { i.Keys = keys })
 	if err != nil {
 		return "", err
@@ -275,16 +292,12 @@ func storm(ctx context.Context, p *Provider) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	own, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return "", err
-	}
 	const size = 1000
-	failures := make([]error, size)
+	failures := make([]error, size+1)
 	var all sync.WaitGroup
 	for i := range size {
 		all.Go(func() {
-			token, err := signAgain(good, jose.SigningKey{Algorithm: jose.ES256, Key: own}, fmt.Sprint("unknown-", i))
+			token, err := signOneself(good, fmt.Sprint("unknown-", i))
 			if err == nil {
 				_, err = verifier.Verify(ctx, token)
 				err = wants(err, spiffe.CheckKey)
@@ -298,7 +311,8 @@ func storm(ctx context.Context, p *Provider) (string, error) {
 	if err == nil && after-before != 1 {
 		err = fmt.Errorf("%d fetches", after-before)
 	}
-	return fmt.Sprintf("%d tokens, %d fetch", size, after-before), errors.Join(append(failures, err)...)
+	failures[size] = err
+	return fmt.Sprintf("%d tokens, %d fetch", size, after-before), errors.Join(failures...)
 }
 
 func hangs(ctx context.Context, p *Provider) (string, error) {
@@ -313,11 +327,7 @@ func hangs(ctx context.Context, p *Provider) (string, error) {
 	if _, err := verifier.Verify(ctx, good); err != nil {
 		return "", err
 	}
-	own, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return "", err
-	}
-	unknown, err := signAgain(good, jose.SigningKey{Algorithm: jose.ES256, Key: own}, "unknown")
+	unknown, err := signOneself(good, "unknown")
 	if err != nil {
 		return "", err
 	}
@@ -339,7 +349,8 @@ func hangs(ctx context.Context, p *Provider) (string, error) {
 				err = fmt.Errorf("it took %v", took)
 			}
 			return fmt.Sprintf("a token of an unknown key waited %v; meanwhile %d others, %v at most",
-				took.Round(100*time.Millisecond), n, slowest.Round(time.Microsecond)), errors.Join(wants(err, spiffe.CheckKey), p.GoOn())
+					took.Round(100*time.Millisecond), n, slowest.Round(time.Microsecond)),
+				errors.Join(wants(err, spiffe.CheckKey), p.GoOn())
 		default:
 		}
 		one := time.Now()

@@ -26,6 +26,7 @@ type Workload struct {
 
 	mu     sync.Mutex // of one question and its answer
 	orders int        // the socket to the process
+	end    func() error
 }
 
 // ordersVariable makes a test binary a workload; see Main.
@@ -110,14 +111,18 @@ func StartWorkload(t testing.TB, place kafka.Place, exe string) *Workload {
 	if err := place.Start(w.cmd); err != nil {
 		t.Fatal(errors.Join(err, unix.Close(w.orders)))
 	}
+	// The end of its orders is what it waits for.
+	w.end = sync.OnceValue(func() error { return errors.Join(unix.Close(w.orders), w.cmd.Wait()) })
 	t.Cleanup(func() {
-		// The end of its orders is what it waits for.
-		if err := errors.Join(unix.Close(w.orders), w.cmd.Wait()); err != nil {
+		if err := w.end(); err != nil {
 			t.Errorf("a workload: %v", err)
 		}
 	})
 	return w
 }
+
+// End ends the workload. The connections that it made are the test's, which has them still.
+func (w *Workload) End() error { return w.end() }
 
 // PID is the workload's process id.
 func (w *Workload) PID() int { return w.cmd.Process.Pid }

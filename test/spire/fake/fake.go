@@ -9,6 +9,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"errors"
 	"fmt"
 	"maps"
@@ -299,7 +300,11 @@ func (a *Agent) issue(e spire.Entry) (svid, error) {
 		ttl = e.X509TTL
 	}
 	now := time.Now()
-	leaf, err := a.root.Issue(ca.Leaf{ID: e.ID, Names: e.DNSNames, Expires: now.Add(ttl)})
+	subject := pkix.Name{Organization: []string{"SPIRE"}, Country: []string{"US"}}
+	if len(e.DNSNames) > 0 {
+		subject.CommonName = e.DNSNames[0]
+	}
+	leaf, err := a.root.Issue(ca.Leaf{ID: e.ID, Subject: subject, Names: e.DNSNames, Expires: now.Add(ttl)})
 	if err != nil {
 		return svid{}, err
 	}
@@ -313,7 +318,7 @@ func (a *Agent) token(e *entry, audience []string) (string, time.Time, error) {
 	if e.JWTTTL != 0 {
 		ttl = e.JWTTTL
 	}
-	key := jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: a.key, KeyID: "1"}}
+	key := jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: a.key, KeyID: keyID}}
 	signer, err := jose.NewSigner(key, nil)
 	if err != nil {
 		return "", time.Time{}, err
