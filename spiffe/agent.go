@@ -19,8 +19,8 @@ import (
 const maxSilence = time.Hour
 
 // Agent is the node's own standing with the SPIRE agent of its host, over the Workload API: its X509-SVID, and the
-// bundles of the trust domains it trusts, its own and those its entry federates with. Both are what the agent said last.
-// It is an x509svid.Source and an x509bundle.Source. Safe for concurrent use.
+// bundles of the trust domains it trusts, its own and those its entry federates with. Both are what the agent said
+// last. It is an x509svid.Source and an x509bundle.Source. Safe for concurrent use.
 type Agent struct {
 	socket string
 	log    zerolog.Logger
@@ -41,8 +41,8 @@ type Agent struct {
 
 var errStarting = fmt.Errorf("%w yet", errMute)
 
-// openAgent watches the Workload API at a unix socket. The agent may come later.
-func openAgent(socket string, log zerolog.Logger) *Agent {
+// OpenAgent watches the Workload API at a unix socket. The agent may come later.
+func OpenAgent(socket string, log zerolog.Logger) *Agent {
 	ctx, stop := context.WithCancel(context.Background())
 	a := &Agent{socket: socket, log: log, stop: stop, done: make(chan struct{}),
 		err: agentError(workloadAPI, socket, errStarting), silent: wallClock(), changed: make(chan struct{}),
@@ -170,7 +170,8 @@ func (a *Agent) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundl
 	return bundle, nil
 }
 
-// since is until when the agent was heard for certain. An agent that hangs shows in that it renews no SVID. a.mu is held.
+// since is until when the agent was heard for certain. An agent that hangs shows in that it renews no SVID. a.mu is
+// held.
 func (a *Agent) since() time.Time {
 	if !a.silent.IsZero() {
 		return a.silent

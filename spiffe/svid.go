@@ -20,8 +20,9 @@ var ErrNoSVID = errors.New("the workload has no SVID")
 
 // X509SVID is the workload's own X509-SVID, which has not expired. ErrNoSVID where it has none; what Identity.Lost says
 // where nobody is left who could have one.
-func (h *Attested) X509SVID() (*x509svid.SVID, error) {
-	id := h.Identity()
+func (h *Attested) X509SVID() (*x509svid.SVID, error) { return h.Identity().x509SVID() }
+
+func (id *Identity) x509SVID() (*x509svid.SVID, error) {
 	if id.Lost != nil {
 		return nil, id.Lost
 	}
@@ -42,11 +43,11 @@ func (h *Attested) X509SVID() (*x509svid.SVID, error) {
 // and to its end where the agent cannot be reached. Errors are X509SVID's, ErrGone, ErrChanged, an *AgentError. It takes
 // no longer than ctx.
 func (h *Attested) JWTSVID(ctx context.Context, audience string) (token string, expires time.Time, err error) {
-	svid, err := h.X509SVID()
+	r := h.record.Load()
+	svid, err := r.current.Load().x509SVID()
 	if err != nil {
 		return "", time.Time{}, err
 	}
-	r := h.record.Load()
 	peer := r.subject.peer
 	if _, err = h.attestor.processes.check(peer); err != nil {
 		return "", time.Time{}, err
@@ -113,7 +114,9 @@ type tokens struct {
 	bounded[tokenKey, jwtToken]
 }
 
-func newTokens() tokens { return tokens{make(chan struct{}, 1), newBounded[tokenKey, jwtToken](maxTokens)} }
+func newTokens() tokens {
+	return tokens{make(chan struct{}, 1), newBounded[tokenKey, jwtToken](maxTokens)}
+}
 
 func (t tokens) get(ctx context.Context, key tokenKey, fetch func() (jwtToken, error)) (jwtToken, error) {
 	select {

@@ -193,12 +193,13 @@ func (p *Policy) keep(rules string, v *View, of *Subject) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if len(p.subjects) >= maxSubjects || p.weight+weight > maxWeight {
+	isNew := p.views[rules] == nil
+	if len(p.subjects) >= maxSubjects || isNew && p.weight+weight > maxWeight {
 		clear(p.subjects)
 		clear(p.views)
 		p.weight = 0
 	}
-	if _, kept := p.views[rules]; !kept {
+	if p.views[rules] == nil {
 		p.views[rules] = v
 		p.weight += weight
 	}

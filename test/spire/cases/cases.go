@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -363,12 +364,13 @@ func restarted(how syscall.Signal) func(context.Context, *Env) error {
 		if err != nil {
 			return err
 		}
-		lapses := 0
-		defer attested.Watch(func() {
+		var lapses atomic.Int32
+		stop := attested.Watch(func() {
 			if attested.Identity().ID.IsZero() {
-				lapses++
+				lapses.Add(1)
 			}
-		})()
+		})
+		defer stop()
 		if err := e.StopAgent(how); err != nil {
 			return err
 		}
@@ -381,8 +383,8 @@ func restarted(how syscall.Signal) func(context.Context, *Env) error {
 		if err := e.serves(ctx, s); err != nil {
 			return err
 		}
-		if err := is(ctx, attested, e.ID("/restarted"), 0); err != nil || lapses > 0 {
-			return errors.Join(err, fmt.Errorf("%d lapses", lapses))
+		if err := is(ctx, attested, e.ID("/restarted"), 0); err != nil || lapses.Load() > 0 {
+			return errors.Join(err, fmt.Errorf("%d lapses", lapses.Load()))
 		}
 		if err := e.Remove(ctx, id); err != nil { // the stream is there again, and not only the SVID
 			return err

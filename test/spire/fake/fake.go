@@ -9,6 +9,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"errors"
 	"fmt"
 	"maps"
@@ -84,7 +85,8 @@ func New(opts Options) (*Agent, error) {
 		federated: map[string]*x509.Certificate{}, delegates: []string{spire.Node}, changed: make(chan struct{}),
 		paused: make(chan struct{})}
 	close(a.paused)
-	if _, err := a.Register(context.Background(), spire.Entry{ID: spire.Node, Selectors: []string{"unix:uid:0"}}); err != nil {
+	node := spire.Entry{ID: spire.Node, Selectors: []string{"unix:uid:0"}}
+	if _, err := a.Register(context.Background(), node); err != nil {
 		return nil, err
 	}
 	return a, a.StartAgent(context.Background())
@@ -117,9 +119,9 @@ func (a *Agent) StartAgent(context.Context) error {
 		}
 		l.SetUnlinkOnClose(false)
 		if path == a.WorkloadAPI() {
-			err = os.Chmod(path, 0o777) //nolint:gosec // any process may ask who it is
+			err = os.Chmod(path, 0o777)
 		} else {
-			err = os.Chmod(path, 0o770) //nolint:gosec // as SPIRE does
+			err = os.Chmod(path, 0o770)
 		}
 		if err != nil {
 			return err
@@ -174,7 +176,7 @@ func (a *Agent) Resume() error {
 	return nil
 }
 
-// gate holds an answer for as long as the agent is mute.
+// gate holds an answer for as long as the agent is mute. Its error is that of ctx.
 func (a *Agent) gate(ctx context.Context) error {
 	a.mu.Lock()
 	paused := a.paused
@@ -298,7 +300,11 @@ func (a *Agent) issue(e spire.Entry) (svid, error) {
 		ttl = e.X509TTL
 	}
 	now := time.Now()
-	leaf, err := a.root.Issue(ca.Leaf{ID: e.ID, Names: e.DNSNames, Expires: now.Add(ttl)})
+	subject := pkix.Name{Organization: []string{"SPIRE"}, Country: []string{"US"}}
+	if len(e.DNSNames) > 0 {
+		subject.CommonName = e.DNSNames[0]
+	}
+	leaf, err := a.root.Issue(ca.Leaf{ID: e.ID, Subject: subject, Names: e.DNSNames, Expires: now.Add(ttl)})
 	if err != nil {
 		return svid{}, err
 	}
@@ -312,22 +318,20 @@ func (a *Agent) token(e *entry, audience []string) (string, time.Time, error) {
 	if e.JWTTTL != 0 {
 		ttl = e.JWTTTL
 	}
-	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: a.key, KeyID: "1"}}, nil)
+	key := jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: a.key, KeyID: keyID}}
+	signer, err := jose.NewSigner(key, nil)
 	if err != nil {
 		return "", time.Time{}, err
 	}
 	now := time.Now()
-	token, err := jwt.Signed(signer).Claims(jwt.Claims{Subject: e.ID, Audience: audience, IssuedAt: jwt.NewNumericDate(now),
-		Expiry: jwt.NewNumericDate(now.Add(ttl))}).Serialize()
+	token, err := jwt.Signed(signer).Claims(jwt.Claims{Subject: e.ID, Audience: audience,
+		IssuedAt: jwt.NewNumericDate(now), Expiry: jwt.NewNumericDate(now.Add(ttl))}).Serialize()
 	return token, now.Add(ttl), err
 }
 
 // follow sends what a user has, at once and at every change, until it fails or the stream ends.
 func (a *Agent) follow(ctx context.Context, uid uint32, send func([]*entry) error) error {
-	for {
-		if err := a.gate(ctx); err != nil {
-			return nil // as SPIRE does
-		}
+	for a.gate(ctx) == nil {
 		a.mu.Lock()
 		found, renew, err := a.matching(uid)
 		copies := make([]*entry, len(found))
@@ -348,11 +352,10 @@ func (a *Agent) follow(ctx context.Context, uid uint32, send func([]*entry) erro
 		case <-changed:
 		case <-timer.C:
 		case <-ctx.Done():
-			timer.Stop()
-			return nil
 		}
 		timer.Stop()
 	}
+	return nil // SPIRE ends streams so
 }
 
 // bundles are the federated ones of entries, by trust domain.
