@@ -91,6 +91,7 @@ type relay struct {
 
 	moved [directions]atomic.Int64 // bytes
 	last  atomic.Int64             // when bytes passed, in ns since started
+	runs  atomic.Bool              // what the client said goes to the broker
 	half  atomic.Bool              // one direction has ended
 
 	mu    sync.Mutex
@@ -161,8 +162,11 @@ func (r *relay) subject(is *spiffe.Identity) policy.Subject {
 	return s
 }
 
-// look ends the connection where it may not pass any more.
+// look ends the connection where it may not pass any more. One that does not pass yet is judged before it does.
 func (r *relay) look() {
+	if !r.runs.Load() {
+		return
+	}
 	if _, refused := r.judge(); refused != nil {
 		r.end(refused)
 	}
@@ -189,7 +193,8 @@ func (r *relay) run(verdict audit.Verdict) error {
 	defer metrics.open.Dec()
 	r.enforcer.relays.add(r)
 	defer r.enforcer.relays.remove(r)
-	r.look() // what has changed since it was judged was told to nobody in the registry
+	r.runs.Store(true)
+	r.look() // for what has changed since it was judged
 	var up error
 	var wg sync.WaitGroup
 	wg.Go(func() { up = r.pump(toBroker) })

@@ -133,7 +133,7 @@ func (d Destination) terminate(ctx context.Context, conn *net.TCPConn, o *openin
 	}
 	ctx, cancel := context.WithTimeout(ctx, hello.Timeout)
 	defer cancel()
-	leaf, err := d.clients.issuer.Leaf(ctx, leafNames(o.ServerName, names, d.Address.Addr()))
+	leaf, err := d.leaf(ctx, o.ServerName, names)
 	if err != nil {
 		return nil, alert(conn, hello.InternalError, audit.TLSIssuer, err)
 	}
@@ -168,23 +168,42 @@ func alert(conn *net.TCPConn, a hello.Alert, reason audit.Reason, err error) err
 	return &refusal{reason, errors.Join(err, werr, conn.Close())}
 }
 
-// leafNames are those that the certificate for a client must have: what it asks for, or else all by which it can have
-// been told of the broker without asking for a name.
-func leafNames(server string, names hello.Names, addr netip.Addr) []string {
+// leaf is the certificate that a client is shown.
+func (d Destination) leaf(ctx context.Context, server string, names hello.Names) (leaf *tls.Certificate, err error) {
+	var errs []error
+	for _, names := range leafNames(server, names, d.Address.Addr()) {
+		if leaf, err = d.clients.issuer.Leaf(ctx, names); err == nil {
+			return leaf, nil
+		}
+		errs = append(errs, err)
+	}
+	return nil, errors.Join(errs...)
+}
+
+// leafNames are those that the certificate for a client must have: the one it asks for, or else all by which it can have
+// been told of the broker without asking for a name. Where nobody signs for them all, some must do.
+func leafNames(server string, names hello.Names, addr netip.Addr) [][]string {
 	if server != "" {
-		return []string{server}
+		return [][]string{{server}}
 	}
-	isAddr := func(name string) bool { _, err := netip.ParseAddr(name); return err == nil }
 	if names.ByAddress {
-		return []string{addr.String()}
+		return [][]string{{addr.String()}}
 	}
-	unsent := slices.DeleteFunc(slices.Clone(names.Known), func(name string) bool {
-		return !isAddr(name) && strings.Contains(name, ".")
-	})
-	if len(unsent) == 0 {
-		return names.Known
+	var addresses, short []string
+	for _, name := range names.Known {
+		if _, err := netip.ParseAddr(name); err == nil {
+			addresses = append(addresses, name)
+		} else if !strings.Contains(name, ".") {
+			short = append(short, name)
+		}
 	}
-	return unsent
+	switch {
+	case len(addresses) == 0 && len(short) == 0:
+		return [][]string{names.Known}
+	case len(addresses) == 0 || len(short) == 0:
+		return [][]string{append(addresses, short...)}
+	}
+	return [][]string{slices.Concat(addresses, short), addresses, short}
 }
 
 // authorities are whose certificates of clients count.

@@ -27,6 +27,7 @@ func (n *Node) serveControl(ctx context.Context, failed chan<- error) error {
 	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/status", n.serveStatus)
+	mux.HandleFunc("GET "+checkPath, n.serveCheck)
 	mux.HandleFunc("POST /v1/handover", n.handOver)
 	mux.Handle("POST /v1/enrol", enrolHandler(n.redirect.enrolled))
 	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}

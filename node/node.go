@@ -424,14 +424,14 @@ func (n *Node) enforce(ctx context.Context, d Destination, broker net.Conn, c en
 		n.refuse(c.Client, upstreamReason(err), err)
 		return
 	}
-	c.Upstream, c.Kafka, c.AutoCreate = opened.Conn, d, d.AutoCreate()
+	c.Upstream, c.Kafka, c.AutoCreate, c.AsWorkload = opened.Conn, d, d.AutoCreate(), opened.AsWorkload()
 	if opened.Login != nil {
 		c.Login = opened.Login
 	}
 	ctx, stop := whileCurrent(ctx, opened, workload)
 	defer stop()
 	err = n.enforcer.Serve(ctx, c)
-	if cause := context.Cause(ctx); errors.Is(cause, upstream.ErrNoSVID) {
+	if cause := context.Cause(ctx); err == nil && errors.Is(cause, upstream.ErrNoSVID) {
 		n.refuse(c.Client, audit.NoSVID, cause)
 	}
 	if err != nil {

@@ -41,8 +41,8 @@ type Agent struct {
 
 var errStarting = fmt.Errorf("%w yet", errMute)
 
-// openAgent watches the Workload API at a unix socket. The agent may come later.
-func openAgent(socket string, log zerolog.Logger) *Agent {
+// OpenAgent watches the Workload API at a unix socket. The agent may come later.
+func OpenAgent(socket string, log zerolog.Logger) *Agent {
 	ctx, stop := context.WithCancel(context.Background())
 	a := &Agent{socket: socket, log: log, stop: stop, done: make(chan struct{}),
 		err: agentError(workloadAPI, socket, errStarting), silent: wallClock(), changed: make(chan struct{}),

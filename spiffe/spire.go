@@ -64,7 +64,7 @@ type SPIRE struct {
 
 // NewSPIRE watches the agent, which may come later, until it is closed.
 func NewSPIRE(o SPIREOptions, processes *Processes) (*SPIRE, error) {
-	s := &SPIRE{options: o, processes: processes, agent: openAgent(o.WorkloadAPI, o.Log), streams: make(chan struct{}, maxStreams),
+	s := &SPIRE{options: o, processes: processes, agent: OpenAgent(o.WorkloadAPI, o.Log), streams: make(chan struct{}, maxStreams),
 		probed: make(chan struct{}), asked: make(chan struct{}), since: time.Now(), back: make(chan struct{}), failures: map[string]uint64{}}
 	s.heard = sync.OnceFunc(func() { close(s.asked) })
 	s.err = s.error(errStarting)

@@ -23,12 +23,7 @@ import (
 )
 
 // finding is the result of one check.
-type finding struct {
-	Check  string `json:"check"`
-	OK     bool   `json:"ok"`
-	Detail string `json:"detail"`           // what was found
-	Remedy string `json:"remedy,omitempty"` // what to do when it is not ok
-}
+type finding = node.Finding
 
 // hostChecks are what a host needs, each with the way out.
 var hostChecks = []struct {
@@ -65,6 +60,7 @@ Exit codes: 0 all checks passed, 1 at least one failed.`,
 		Example: "  klamm doctor -c /etc/klamm/klamm.yaml",
 		Args:    cobra.NoArgs,
 	}
+	cmd.AddCommand(newDoctorTLSCommand())
 	file := cmd.Flags().StringP("config", "c", "", "also check this configuration and the clusters in it")
 	wait := cmd.Flags().Duration("wait", 10*time.Second, "how long a cluster may take to answer")
 	output := outputFlag(cmd)
@@ -76,19 +72,25 @@ Exit codes: 0 all checks passed, 1 at least one failed.`,
 		if *file != "" {
 			findings = append(findings, checkConfig(cmd.Context(), *file, *wait)...)
 		}
-		failed := 0
-		for _, f := range findings {
-			if !f.OK {
-				failed++
-			}
-		}
-		err := output.print(cmd.OutOrStdout(), findings, func(out io.Writer) error { return printFindings(out, findings) })
-		if err == nil && failed > 0 {
-			err = fmt.Errorf("%d of %d checks failed", failed, len(findings))
-		}
-		return err
+		return report(cmd, output, findings)
 	}
+	cmd.AddCommand(newDoctorBrokerCommand())
 	return cmd
+}
+
+// report prints findings, and fails where one of them did.
+func report(cmd *cobra.Command, output *format, findings []finding) error {
+	failed := 0
+	for _, f := range findings {
+		if !f.OK {
+			failed++
+		}
+	}
+	err := output.print(cmd.OutOrStdout(), findings, func(out io.Writer) error { return printFindings(out, findings) })
+	if err == nil && failed > 0 {
+		err = fmt.Errorf("%d of %d checks failed", failed, len(findings))
+	}
+	return err
 }
 
 func found(name, remedy string) func(detail string, err error) finding {

@@ -80,10 +80,10 @@ file is not valid.`,
 	flags.StringVar(&f.host, "host", "", "IP address of the workload")
 	flags.StringVar(&f.facts, "facts", "", "file of what else is known of the workload; - is standard input")
 	flags.StringVar(&f.claims, "claims", "", "JSON file with the claims of the workload's token; - is standard input")
-	flags.StringVar(&f.source, "source", "", "source that gave identity and claims: static, spire, kubernetes, token-file, …")
+	flags.StringVar(&f.source, "source", "", "source of identity and claims: static, spire, kubernetes, token-file, …")
 	flags.StringVar(&f.operation, "operation", "", "Kafka's name of the operation: Read, Write, Create, …")
 	flags.Bool(clusterFlag, false, "ask about the cluster as a resource")
-	flags.StringVar(&f.login, loginFlag, "", `ask whether the workload may log in as this SASL principal; "" is one not seen`)
+	flags.StringVar(&f.login, loginFlag, "", `ask whether it may log in as this SASL principal, "" is a hidden one`)
 	flags.Bool(passthroughFlag, false, "ask whether the workload's TLS may pass unread")
 	names := []string{clusterFlag, loginFlag, passthroughFlag}
 	f.resources = make([]string, len(resourceFlags))
@@ -131,7 +131,8 @@ func explain(cmd *cobra.Command, f *explainFlags, output *format) error {
 }
 
 // question is what is asked of the policy.
-func (f *explainFlags) question(cmd *cobra.Command, who policy.Subject) (func(*policy.Policy) policy.Explanation, error) {
+func (f *explainFlags) question(cmd *cobra.Command, who policy.Subject) (
+	func(*policy.Policy) policy.Explanation, error) {
 	switch {
 	case cmd.Flags().Changed(loginFlag):
 		if f.login != "" && !strings.Contains(f.login, ":") {

@@ -1,6 +1,7 @@
 package kafka
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -68,6 +69,9 @@ func (s *session) bind(now time.Time) *binding {
 	if b.lost == nil && !b.until.IsZero() && !now.Before(b.until) {
 		b.lost = &Error{audit.SessionExpired, fmt.Errorf("the token of %s ended at %s", b.subject.Principal, utc(b.until))}
 	}
+	if b.lost == nil && b.login != nil && !b.policy.Login(b.subject, b.login.Principal).Allowed {
+		b.lost = &Error{audit.LoginRefused, errors.New("the policy does not let the workload be logged in as it is any more")}
+	}
 	if b.lost == nil {
 		b.view = b.policy.For(b.subject)
 	} else {
@@ -81,8 +85,8 @@ func (s *session) bind(now time.Time) *binding {
 	return b
 }
 
-// lose ends the connection of a client that has no right any more, where it must not go on without. An expired login that
-// is just being renewed does not end it.
+// lose ends the connection of a client that has no right any more, where it must not go on without. An expired login
+// that is just being renewed does not end it.
 func (s *session) lose(b *binding) {
 	expired := b.lost.Reason == audit.SessionExpired
 	switch {
@@ -95,8 +99,8 @@ func (s *session) lose(b *binding) {
 	}
 }
 
-// tell puts on record how who the client is has changed. A renewal, with which only the end of the evidence changes, has
-// no line: those that follow show it.
+// tell puts on record how who the client is has changed. A renewal, with which only the end of the evidence changes,
+// has no line: those that follow show it.
 func (s *session) tell(was, b *binding) {
 	if was == nil {
 		was = &binding{identity: &s.conn.Subject.Identity} // as the line of the opened connection has it
@@ -114,8 +118,9 @@ func (s *session) tell(was, b *binding) {
 		s.changes.Line("identity", verdict).Str("change", "identity").Str("from", named(was.identity)).
 			Str("to", named(b.identity)).Str("source", b.identity.Source).Send()
 	case b.login != nil && (was.login == nil || was.login.Principal != b.login.Principal):
-		s.changes.Line("identity", verdictOf(b.login.decision)).Str("change", "login").Str("from", was.subject.Principal).
-			Str("to", b.subject.Principal).Str("source", spiffe.SourceSASL).Str("rule", b.login.decision.Rule).Send()
+		s.changes.Line("identity", verdictOf(b.login.decision)).Str("change", "login").
+			Str("from", was.subject.Principal).Str("to", b.subject.Principal).Str("source", spiffe.SourceSASL).
+			Str("rule", b.login.decision.Rule).Send()
 	default:
 		return
 	}

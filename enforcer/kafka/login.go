@@ -84,8 +84,8 @@ func (s *session) oversized(size int, key []byte) error {
 // gssapiToken begins a token of RFC 2743, section 3.1. An API key that begins so does not exist.
 const gssapiToken = 0x60
 
-// admit tells whether a request may come at this point of a login: as a broker, which closes the connection of an expired
-// session without an answer, and takes nothing but SaslAuthenticate while an exchange is under way.
+// admit tells whether a request may come at this point of a login: as a broker, which closes the connection of an
+// expired session without an answer, and takes nothing but SaslAuthenticate while an exchange is under way.
 func (s *session) admit(b *binding, key int16, now time.Time) (legal bool, err error) {
 	if s.attempt != nil {
 		return key == int16(kmsg.SASLAuthenticate), nil
@@ -97,8 +97,8 @@ func (s *session) admit(b *binding, key int16, now time.Time) (legal bool, err e
 	return true, nil
 }
 
-// endsOpaque ends an exchange that only its parties can read: the client goes on to something else, and the broker, which
-// knows whether it has accepted the client, judges that.
+// endsOpaque ends an exchange that only its parties can read: the client goes on to something else, and the broker,
+// which knows whether it has accepted the client, judges that.
 func (s *session) endsOpaque(key int16) {
 	if a := s.attempt; a != nil && a.Opaque() && a.Begun() && key != int16(kmsg.SASLAuthenticate) {
 		s.accepted(a, 0)
@@ -138,7 +138,7 @@ func (s *session) refuseWith(e entry, frame []byte, resp kmsg.Response, cause er
 	return cause
 }
 
-// login judges a frame of a login before the broker gets it. It tells whether it is answered already.
+// beforeLogin judges a frame of a login before the broker gets it. It tells whether it is answered already.
 func (s *session) beforeLogin(e entry, frame []byte, req kmsg.Request, b *binding) (answered bool, err error) {
 	switch req := req.(type) {
 	case *kmsg.SASLHandshakeRequest:
@@ -205,16 +205,19 @@ func (s *session) judge(claim *sasl.Claim, b *binding) error {
 	}
 	if before := s.login.Load(); before != nil {
 		if before.Mechanism != l.Mechanism {
-			text := fmt.Sprintf("SASL mechanism '%s' requested by client is not supported for re-authentication of mechanism '%s'",
-				l.Mechanism, before.Mechanism)
+			text := fmt.Sprintf("SASL mechanism '%s' requested by client is not supported for re-authentication of "+
+				"mechanism '%s'", l.Mechanism, before.Mechanism)
 			return &refusal{text, errors.New(text)}
 		}
 		if before.Principal != l.Principal {
-			text := fmt.Sprintf("Cannot change principals during re-authentication from %s: %s", before.Principal, l.Principal)
+			text := fmt.Sprintf("Cannot change principals during re-authentication from %s: %s", before.Principal,
+				l.Principal)
 			return &refusal{text, errors.New(text)}
 		}
 	}
-	l.decision = b.policy.Login(b.subject, l.Principal)
+	asking := b.subject
+	asking.Facts = &policy.Facts{Identity: b.identity, SASL: l.SASL}
+	l.decision = b.policy.Login(asking, l.Principal)
 	if !l.decision.Allowed {
 		as := l.Principal
 		if as == "" {
@@ -253,8 +256,8 @@ func (s *session) verify(claim *sasl.Claim) (*spiffe.Evidence, error) {
 	return token, nil
 }
 
-// afterLogin takes the broker's answer to a frame of a login, which is passed on as it is returned. The request loop waits
-// for it, so nothing else looks at the attempt meanwhile.
+// afterLogin takes the broker's answer to a frame of a login, which is passed on as it is returned. The request loop
+// waits for it, so nothing else looks at the attempt meanwhile.
 func (s *session) afterLogin(p *pending, frame []byte) ([]byte, error) {
 	answer, weight, err := s.decode(p, frame)
 	s.Decoded.Release(weight)
@@ -298,7 +301,8 @@ func (s *session) refused(p *pending, frame []byte, code int16) error {
 	}
 	s.auditChecks(s.downTrail, p, audit.Allow)
 	s.down.Pass(len(frame))
-	return errors.Join(s.down.Flush(), refuse(audit.LoginRefused, "the broker refused to renew the login: %s", errorName(code)))
+	return errors.Join(s.down.Flush(),
+		refuse(audit.LoginRefused, "the broker refused to renew the login: %s", errorName(code)))
 }
 
 // accepted makes a login count. The broker wants another one within life; 0: it does not.
@@ -325,8 +329,8 @@ func (s *session) arm(l *login, in time.Duration) {
 	}
 }
 
-// expired ends a connection whose login was not renewed in time, where it must not go on without: at the end of a token at
-// once. Where only the broker's session has ended what it owes may still come, as from a broker itself.
+// expired ends a connection whose login was not renewed in time, where it must not go on without: at the end of a token
+// at once. Where only the broker's session has ended what it owes may still come, as from a broker itself.
 func (s *session) expired(l *login) {
 	now := time.Now()
 	b := s.who(now)

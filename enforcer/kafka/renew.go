@@ -45,7 +45,8 @@ func (s *session) renew() error {
 	return nil
 }
 
-// call sends a request of our own between those of the client, and returns its answer, of which the client hears nothing.
+// call sends a request of our own between those of the client, and returns its answer, of which the client hears
+// nothing.
 func (s *session) call(ctx context.Context, req kmsg.Request) (kmsg.Response, error) {
 	e := s.queue.New()
 	e.V.reset(wire.Header{Key: req.Key(), Version: req.GetVersion()}, "", time.Now())

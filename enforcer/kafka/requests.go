@@ -208,7 +208,8 @@ func (s *session) decide(e entry, frame []byte, view *policy.View) error {
 		forward = req
 	}
 	// What goes out is what was judged. The client's own bytes do where they say just that: no more, and nothing twice.
-	judged := wire.AppendRequest(make([]byte, 0, len(frame)), frame[wire.SizePrefix:wire.SizePrefix+h.Len], h.Correlation, forward)
+	judged := make([]byte, 0, len(frame))
+	judged = wire.AppendRequest(judged, frame[wire.SizePrefix:wire.SizePrefix+h.Len], h.Correlation, forward)
 	out := judged
 	if bytes.Equal(judged, frame) {
 		out = frame
@@ -257,7 +258,8 @@ func (s *session) unsupported(e entry, frame []byte) error {
 		return refuse(audit.UnknownAPI, "%s v%d", apiName(e.V.Key), e.V.Version)
 	}
 	if s.attempt != nil || isLogin(e.V.Key) { // a login that cannot go on ends the connection, as it does at a broker
-		return s.refuseWith(e, frame, resp, refuse(audit.UnsupportedVersion, "%s v%d", apiName(e.V.Key), e.V.Version))
+		cause := refuse(audit.UnsupportedVersion, "%s v%d", apiName(e.V.Key), e.V.Version)
+		return s.refuseWith(e, frame, resp, cause)
 	}
 	s.Metrics.Refuse(audit.UnsupportedVersion)
 	e.V.ctx = &authz.Ctx{}

@@ -93,8 +93,9 @@ func newRig(t testing.TB, rules string) *rig {
 }
 
 func (r *rig) conn(client, broker net.Conn) Conn {
-	return Conn{Client: client, Broker: broker, Cluster: r.cluster, Workload: r.who, Login: r.login, AsWorkload: r.asWorkload,
-		Policy: policy.Subject{Cluster: "main"}, Audit: r.audit, Subject: audit.Subject{Connection: "1", Cluster: "main", Identity: *r.who.Identity()}}
+	return Conn{Client: client, Broker: broker, Cluster: r.cluster, Workload: r.who, Login: r.login,
+		AsWorkload: r.asWorkload, Policy: policy.Subject{Cluster: "main"}, Audit: r.audit,
+		Subject: audit.Subject{Connection: "1", Cluster: "main", Identity: *r.who.Identity()}}
 }
 
 // workload is a process whose identity the test changes.

@@ -160,7 +160,7 @@ func newSession(ctx context.Context, shared *Shared, c Conn) *session {
 	s := &session{Shared: shared, conn: c, ctx: new(authz.Ctx), upTrail: c.Audit.Trail(c.Subject),
 		downTrail: c.Audit.Trail(c.Subject), changes: c.Audit.Trail(c.Subject)}
 	s.life, s.die = context.WithCancel(ctx)
-	s.holder.missing(&s.conn.Subject.Identity)
+	_ = s.holder.missing(&s.conn.Subject.Identity) // it is taken up at once, as the present identity is
 	s.allowed = s.mayRead
 	s.fetch.init()
 	return s

@@ -89,8 +89,8 @@ func passesThrough() matter {
 }
 
 // Login tells whether the subject's workload may log in as a SASL principal ("User:alice"; empty where the mechanism
-// does not show it). The subject's own Principal, of an earlier login, plays no part; conditions see the login asked for,
-// of which Facts.SASL has the rest. The answer holds as long as the facts are the same.
+// does not show it). The subject's own Principal, of an earlier login, plays no part; conditions see the login asked
+// for, of which Facts.SASL has the rest. The answer holds as long as the facts are the same.
 //
 // As long as no entry for the cluster is about logins every login is allowed, because it gives no right by itself; from
 // the first one on only what an entry allows. Sets in observe mode only say what they would refuse.

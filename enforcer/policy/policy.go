@@ -68,7 +68,22 @@ func (p *Policy) For(s Subject) *View {
 // look finds the view by the rules that name the subject, and remembers it by key where that is all there is to it.
 func (p *Policy) look(s, key Subject) *View {
 	selected, conditional := p.selects(&s)
-	observed := p.observes(&s)
+	if conditional || s.lost() != nil {
+		return p.view(selected, p.observes(&s), nil)
+	}
+	return p.view(selected, p.observes(&s), &key)
+}
+
+// Nobody is the view of a subject whom no rule names any more: it has no right. Sets in observe mode only say so.
+func (p *Policy) Nobody(s Subject) *View {
+	if p == nil {
+		return nil
+	}
+	return p.view(nil, p.observes(&s), nil)
+}
+
+// view is shared by all subjects whom the same rules name. Where a subject is given it is remembered.
+func (p *Policy) view(selected []choice, observed bool, of *Subject) *View {
 	rules := []byte{0}
 	if observed {
 		rules[0] = 1
@@ -82,21 +97,8 @@ func (p *Policy) look(s, key Subject) *View {
 	if v == nil {
 		v = compile(p.accesses(selected), observed, func(i int) string { return p.rules[i].Name })
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.keep(string(rules), v)
-	if !conditional && s.lost() == nil {
-		p.subjects[key] = v
-	}
+	p.keep(string(rules), v, of)
 	return v
-}
-
-// Nobody is the view of a subject whom no rule names any more: it has no right. Sets in observe mode only say so.
-func (p *Policy) Nobody(s Subject) *View {
-	if p == nil {
-		return nil
-	}
-	return compile(nil, p.observes(&s), func(int) string { return "" })
 }
 
 // choice is a rule that names a subject.
@@ -183,19 +185,25 @@ func (p *Policy) remembered(s Subject) *View {
 	return p.subjects[s]
 }
 
-// keep puts a view into the cache, where there must be room for its subject too.
-func (p *Policy) keep(rules string, v *View) {
+// keep puts a view, and the subject that is given, into the cache.
+func (p *Policy) keep(rules string, v *View, of *Subject) {
 	weight := 1 + len(rules)/nodeSize
 	for i := range v.trees {
 		weight += len(v.trees[i].nodes)
 	}
-	if len(p.subjects) >= maxSubjects || p.weight+weight > maxWeight {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	isNew := p.views[rules] == nil
+	if len(p.subjects) >= maxSubjects || isNew && p.weight+weight > maxWeight {
 		clear(p.subjects)
 		clear(p.views)
 		p.weight = 0
 	}
-	if _, kept := p.views[rules]; !kept {
+	if p.views[rules] == nil {
 		p.views[rules] = v
 		p.weight += weight
+	}
+	if of != nil {
+		p.subjects[*of] = v
 	}
 }

@@ -16,8 +16,8 @@ import (
 )
 
 // maxCost is what one evaluation of a condition may cost, in units of CEL: about one for each step, and one for ten
-// characters looked at.
-const maxCost = 50_000
+// characters looked at. A unit takes up to 1 µs.
+const maxCost = 10_000
 
 // condition is a CEL expression over the facts that are known of a subject.
 type condition struct {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"os"
 	"strings"
 	"testing"
 
@@ -355,4 +356,27 @@ func FuzzCondition(f *testing.F) {
 			t.Fatalf("%v, %v, then %v", holds, err, again)
 		}
 	})
+}
+
+func TestEveryNameOfConditionsIsDocumented(t *testing.T) {
+	data, err := os.ReadFile("../../docs/policy.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	docs := string(data)
+	for name, v := range variables {
+		if !strings.Contains(docs, "| `"+name) {
+			t.Errorf("%s is not in docs/policy.md", name)
+		}
+		for field := range fields[v.is] {
+			if !strings.Contains(docs, "`"+name+"."+field+"`") && !strings.Contains(docs, "`."+field+"`") {
+				t.Errorf("%s.%s is not in docs/policy.md", name, field)
+			}
+		}
+	}
+	for field := range fields[evidenceType] {
+		if !strings.Contains(docs, "`."+field+"`") {
+			t.Errorf("%s of evidence is not in docs/policy.md", field)
+		}
+	}
 }

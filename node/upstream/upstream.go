@@ -4,9 +4,11 @@ package upstream
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
@@ -171,6 +173,25 @@ func hello(conn net.Conn) error {
 		return fmt.Errorf("%w: the broker ends it after the handshake: %w", ErrTLS, err)
 	}
 	return nil
+}
+
+// AsWorkload tells whether the broker knows the workload by its SVID.
+func (b *Broker) AsWorkload() bool { return b.svid != nil }
+
+// String says what was agreed on, for diagnosis.
+func (b *Broker) String() string {
+	said := []string{"plaintext"}
+	if secure, is := b.Conn.(*secured); is {
+		state := secure.ConnectionState()
+		said[0] = fmt.Sprintf("%s with %s", tls.VersionName(state.Version), state.PeerCertificates[0].Subject)
+	}
+	if b.svid != nil {
+		said = append(said, "on behalf of "+b.svid.ID.String())
+	}
+	if b.Login != nil {
+		said = append(said, "logged in by "+b.Login.mechanism.Name())
+	}
+	return strings.Join(said, ", ")
 }
 
 // Current tells whether the broker still knows the workload as who it is: nil, or why not. An SVID that was replaced by

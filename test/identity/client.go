@@ -74,6 +74,9 @@ func (c *client) run() error {
 		return err
 	}
 	defer client.Close()
+	if err := client.Ping(ctx); err != nil { // which does not try again and again
+		return fmt.Errorf("connect: %w", err)
+	}
 	want := fmt.Sprintf("%d at %v", os.Getpid(), time.Now())
 	if err := client.ProduceSync(ctx, kgo.StringRecord(want)).FirstErr(); err != nil {
 		return fmt.Errorf("produce: %w", err)

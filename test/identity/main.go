@@ -72,8 +72,10 @@ func main() {
 }
 
 // roles are what this program is when it is started by itself: a client, or the host next to a Kubernetes node.
-var roles = map[string]func(args []string) int{"client": beClient, "svid": fetchSVID, "inside": beInside,
-	"podhost": bePods}
+var roles = map[string]func(args []string) int{
+	"client": beClient, "load": beLoad, "svid": fetchSVID, "watch": beWatcher, "inside": beInside,
+	"podhost": bePods,
+}
 
 func verify(ctx context.Context, names []string) ([]result, error) {
 	for _, name := range names {

@@ -60,6 +60,8 @@ func (w *world) close() error {
 	return os.RemoveAll(w.dir)
 }
 
+const topicPartitions = 3
+
 // startKafka starts brokers whose authorizer logs what it decides. The anonymous principal of the plaintext listener may
 // do everything, the others only what they are allowed.
 func (w *world) startKafka(ctx context.Context, opts kafka.Options) (*kafka.Cluster, error) {
@@ -71,7 +73,7 @@ func (w *world) startKafka(ctx context.Context, opts kafka.Options) (*kafka.Clus
 	}
 	w.onClose(c.Stop)
 	for _, topic := range []string{"orders", "billing", "payouts"} {
-		if err := c.CreateTopic(ctx, topic, 1); err != nil {
+		if err := c.CreateTopic(ctx, topic, topicPartitions); err != nil {
 			return nil, err
 		}
 	}

@@ -279,6 +279,7 @@ type Line struct {
 	Event, Verdict, State, Reason, Error, Hint string
 	Conn, Cluster, Destination, Principal      string
 	API, Topic, Outcome, Rule                  string
+	ClientID                                   string `json:"client_id"`
 	SPIFFE                                     string `json:"spiffe_id"`
 	Exe                                        string
 	ExeSHA256                                  string `json:"exe_sha256"`
@@ -288,6 +289,9 @@ type Line struct {
 	Pod, Container                             string
 	PID, UID                                   uint32
 	Count                                      int
+	Opaque                                     bool
+	SNI                                        string
+	Evidence                                   []struct{ Source, ID, Issuer, Subject string }
 	Resources                                  []struct{ Type, Name, Operation, Verdict string }
 	Batches                                    []struct{ SHA256 string }
 }

@@ -1,5 +1,5 @@
-// Package sasl reads what SASL clients tell Kafka brokers of who they are. It decides nothing and believes nothing: what
-// a client claims counts once the broker has accepted it.
+// Package sasl reads what SASL clients tell Kafka brokers of who they are. It decides nothing and believes nothing:
+// what a client claims counts once the broker has accepted it.
 //
 // A message is read as Apache Kafka's own servers read it, and refused where they, or another broker, could read it in
 // two ways.

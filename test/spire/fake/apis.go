@@ -106,12 +106,24 @@ func (w *workloadAPI) FetchJWTBundles(_ *workload.JWTBundlesRequest,
 		if len(entries) == 0 {
 			return errNoIdentity
 		}
-		keys, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: w.key.Public(), KeyID: tokenKey}}})
+		keys, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: w.key.Public(), KeyID: keyID}}})
 		if err != nil {
 			return err
 		}
 		return stream.Send(&workload.JWTBundlesResponse{Bundles: map[string][]byte{"spiffe://" + spire.TrustDomain: keys}})
 	})
+}
+
+// FetchJWTSVID is the Workload API's.
+func (w *workloadAPI) FetchJWTSVID(ctx context.Context, req *workload.JWTSVIDRequest) (*workload.JWTSVIDResponse, error) {
+	if err := w.gate(ctx); err != nil {
+		return nil, err
+	}
+	answer := &workload.JWTSVIDResponse{}
+	err := w.tokens(caller(ctx), req.GetAudience(), func(e *entry, token string, _ time.Time) {
+		answer.Svids = append(answer.Svids, &workload.JWTSVID{SpiffeId: e.ID, Svid: token, Hint: e.Hint})
+	})
+	return answer, err
 }
 
 // adminServer is the Delegated Identity API.

@@ -9,6 +9,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"errors"
 	"fmt"
 	"maps"
@@ -298,7 +299,11 @@ func (a *Agent) issue(e spire.Entry) (svid, error) {
 		ttl = e.X509TTL
 	}
 	now := time.Now()
-	leaf, err := a.root.Issue(ca.Leaf{ID: e.ID, Names: e.DNSNames, Expires: now.Add(ttl)})
+	subject := pkix.Name{Organization: []string{"SPIRE"}, Country: []string{"US"}}
+	if len(e.DNSNames) > 0 {
+		subject.CommonName = e.DNSNames[0]
+	}
+	leaf, err := a.root.Issue(ca.Leaf{ID: e.ID, Subject: subject, Names: e.DNSNames, Expires: now.Add(ttl)})
 	if err != nil {
 		return svid{}, err
 	}
@@ -306,16 +311,13 @@ func (a *Agent) issue(e spire.Entry) (svid, error) {
 	return svid{chain: leaf.Certificate[0], key: key, renew: now.Add(ttl / 2), end: leaf.Leaf.NotAfter}, err
 }
 
-// tokenKey is the id of the key that signs JWT-SVIDs.
-const tokenKey = "1"
-
 // token is a JWT-SVID of an entry.
 func (a *Agent) token(e *entry, audience []string) (string, time.Time, error) {
 	ttl := 5 * time.Minute
 	if e.JWTTTL != 0 {
 		ttl = e.JWTTTL
 	}
-	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: a.key, KeyID: tokenKey}}, nil)
+	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: a.key, KeyID: keyID}}, nil)
 	if err != nil {
 		return "", time.Time{}, err
 	}
