@@ -5,14 +5,12 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/json"
 	"errors"
 	"net"
 	"os"
 	"slices"
 	"time"
 
-	"github.com/go-jose/go-jose/v4"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/exp/proto/spiffe/broker"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
@@ -106,7 +104,7 @@ func (w *workloadAPI) FetchJWTBundles(_ *workload.JWTBundlesRequest,
 		if len(entries) == 0 {
 			return errNoIdentity
 		}
-		keys, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: w.key.Public(), KeyID: keyID}}})
+		keys, err := w.KeySet()
 		if err != nil {
 			return err
 		}
