@@ -1,8 +1,9 @@
 package node
 
 import (
-	"cmp"
 	"context"
+	"crypto/tls"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -19,6 +20,8 @@ import (
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/kmsg"
+	"github.com/twmb/franz-go/pkg/sasl/oauth"
+	"golang.org/x/sync/errgroup"
 
 	"klamm/node/upstream"
 	"klamm/spiffe"
@@ -124,10 +127,10 @@ func (b *brokerCheck) who(ctx context.Context) (upstream.Identity, error) {
 
 const (
 	notReached = "see whether this host reaches the cluster, and tls and credentials of the node's own client"
-	letsIn     = "have the listener ask for what only the node has (ssl.client.auth=required, or SASL), take User:ANONYMOUS " +
-		"out of super.users and ACLs, or keep workloads from the port by the network"
-	sameForAll = "one of: give the workloads' SPIRE entries DNS names (-dns), of which the first is the CN, and map it with " +
-		"ssl.principal.mapping.rules; put a SPIFFE principal builder (principal.builder.class) on the brokers; or let " +
+	letsIn     = "have the listener ask for what only the node has (ssl.client.auth=required, or SASL), take " +
+		"User:ANONYMOUS out of super.users and ACLs, or keep workloads from the port by the network"
+	sameForAll = "one of: give the workloads' SPIRE entries DNS names (-dns), of which the first is the CN, and map it " +
+		"with ssl.principal.mapping.rules; put a SPIFFE principal builder (principal.builder.class) on the brokers; or let " +
 		"upstream.login use jwt-svid, whose principal is the SPIFFE ID"
 	mapsWrong = "mend ssl.principal.mapping.rules of the brokers, such as RULE:^CN=([^,]+),O=SPIRE,C=US$/$1/"
 )
@@ -155,7 +158,6 @@ func (b *brokerCheck) cluster(ctx context.Context, c ClusterConfig) (findings []
 	if err != nil {
 		return []Finding{finding("cluster "+c.Name, notReached, "", err)}
 	}
-	tls, _ := c.own()
 	told := describe(ctx, own, brokers.Brokers)
 	if told == nil {
 		findings = append(findings, Finding{Check: "listeners of " + c.Name, OK: true,
@@ -163,10 +165,7 @@ func (b *brokerCheck) cluster(ctx context.Context, c ClusterConfig) (findings []
 				"intercepted ports, are all that is tried",
 			Remedy: "allow its principal to DescribeConfigs on the cluster"})
 	}
-	for _, address := range b.listeners(brokers.Brokers, told) {
-		detail, err := b.stranger(ctx, tls, address)
-		findings = append(findings, finding("direct "+address, letsIn, detail, err))
-	}
+	findings = append(findings, b.strangers(ctx, b.listeners(brokers.Brokers, told))...)
 	who, err := b.who(ctx)
 	if err != nil {
 		return append(findings, finding(fmt.Sprint("SVID of ", b.PID), "see the workload's entry in SPIRE", "", err))
@@ -228,53 +227,93 @@ func (b *brokerCheck) listeners(brokers []kmsg.MetadataResponseBroker, told map[
 	return slices.Compact(all)
 }
 
-// stranger tries to use a listener without any credentials. The error says what it gave.
-func (b *brokerCheck) stranger(ctx context.Context, tls *TLSConfig, address string) (string, error) {
-	ways := []*TLSConfig{nil}
-	if tls != nil {
-		ways = append(ways, &TLSConfig{CA: tls.CA, ServerName: tls.ServerName, SPIFFEIDs: tls.SPIFFEIDs})
+// ways are those by which a stranger tries to use a listener. An unsigned token is taken by brokers on which OAUTHBEARER
+// is as Kafka has it by default (KIP-255).
+var ways = []struct {
+	name     string
+	tls      bool
+	unsigned bool // token
+}{
+	{"plaintext", false, false},
+	{"plaintext with an unsigned token", false, true},
+	{"TLS without a certificate", true, false},
+	{"TLS with an unsigned token", true, true},
+}
+
+// strangers tries all listeners, some at a time.
+func (b *brokerCheck) strangers(ctx context.Context, addresses []string) []Finding {
+	findings := make([]Finding, len(addresses))
+	var all errgroup.Group
+	all.SetLimit(16)
+	for i, address := range addresses {
+		all.Go(func() error {
+			detail, err := b.stranger(ctx, address)
+			findings[i] = finding("direct "+address, letsIn, detail, err)
+			return nil
+		})
 	}
+	_ = all.Wait()
+	return findings
+}
+
+// stranger tries to use a listener without any credentials. The error says what it gave.
+func (b *brokerCheck) stranger(ctx context.Context, address string) (string, error) {
 	var said []string
 	for _, way := range ways {
-		name := map[bool]string{true: "plaintext", false: "TLS without a certificate"}[way == nil]
-		harmless, err := b.try(ctx, way, address)
+		harmless, err := b.try(ctx, address, way.tls, way.unsigned)
 		switch {
 		case errors.Is(err, syscall.ECONNREFUSED):
 			return "nobody listens", nil
+		case errors.Is(err, errNotKnown):
+			return "", fmt.Errorf("%s: %w", way.name, err)
 		case err == nil && !harmless:
-			return "", fmt.Errorf("%s: a client without any credentials is served", name)
+			return "", fmt.Errorf("%s: a client without any credentials is served", way.name)
 		case err == nil:
-			said = append(said, name+": a client without credentials is let in, and its principal has no right")
+			said = append(said, way.name+": a client without credentials is let in, and its principal has no right")
 		default:
-			said = append(said, name+": "+brief(err))
+			said = append(said, way.name+": "+brief(err))
 		}
 	}
 	return strings.Join(said, "; "), nil
 }
 
-// brief is the innermost error in one line.
+// errNotKnown says that a listener neither served nor refused.
+var errNotKnown = fmt.Errorf("no answer within %v, so whether it refuses is not known", strangerTimeout)
+
+// brief is the first line of an error.
 func brief(err error) string {
 	text, _, _ := strings.Cut(err.Error(), "\n")
 	return text
 }
 
+// unsigned is an unsecured JWS (RFC 7515, appendix A.5) of anybody's.
+func unsigned() string {
+	now := time.Now().Unix()
+	encode := base64.RawURLEncoding.EncodeToString
+	return encode([]byte(`{"alg":"none"}`)) + "." +
+		encode(fmt.Appendf(nil, `{"sub":"klamm-doctor","iat":%d,"exp":%d}`, now, now+60)) + "."
+}
+
 // try asks a listener for metadata. Harmless tells that a stranger who is served sees no topic, and may not even be told
-// that there is none of some name: he has no right on any.
-func (b *brokerCheck) try(ctx context.Context, tls *TLSConfig, address string) (harmless bool, err error) {
+// that there is none of some name: he has no right on any. He does not verify whom he talks to, and tells nothing.
+func (b *brokerCheck) try(ctx context.Context, address string, secure, token bool) (harmless bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, strangerTimeout)
 	defer cancel()
-	way, err := newUpstream(tls, nil, b.agent(), b.dial)
-	if err != nil {
-		return false, err
-	}
-	var last error // kgo wraps some away
+	var failed error // of the last dial, of which kgo keeps the text alone
 	dial := func(ctx context.Context, network, to string) (net.Conn, error) {
-		conn, err := way.Dialer(b.dial, nil)(ctx, network, to)
-		last = err
-		return conn, err
+		conn, err := b.dial(ctx, network, to)
+		if failed = err; err != nil || !secure {
+			return conn, err
+		}
+		return tls.Client(conn, &tls.Config{MinVersion: tls.VersionTLS12,
+			InsecureSkipVerify: true}), nil //nolint:gosec // a stranger's look at what anybody gets
 	}
-	client, err := kgo.NewClient(kgo.ClientID("klamm-doctor"), kgo.SeedBrokers(address), kgo.Dialer(dial),
-		kgo.RequestRetries(0), kgo.DisableClientMetrics(), kgo.RequestTimeoutOverhead(strangerTimeout))
+	opts := []kgo.Opt{kgo.ClientID("klamm-doctor"), kgo.SeedBrokers(address), kgo.Dialer(dial), kgo.RequestRetries(0),
+		kgo.DisableClientMetrics(), kgo.RequestTimeoutOverhead(strangerTimeout)}
+	if token {
+		opts = append(opts, kgo.SASL(oauth.Auth{Token: unsigned()}.AsMechanism()))
+	}
+	client, err := kgo.NewClient(opts...)
 	if err != nil {
 		return false, err
 	}
@@ -282,17 +321,23 @@ func (b *brokerCheck) try(ctx context.Context, tls *TLSConfig, address string) (
 	all, named := kmsg.NewPtrMetadataRequest(), kmsg.NewPtrMetadataRequest()
 	none := "klamm-doctor-asks-whether-it-may-see-this"
 	named.Topics, named.AllowAutoTopicCreation = []kmsg.MetadataRequestTopic{{Topic: &none}}, false
-	seed := client.SeedBrokers()[0]
-	seen, err := seed.Request(ctx, all)
-	if err != nil {
-		return false, cmp.Or(last, err)
+	var topics [2][]kmsg.MetadataResponseTopic
+	for i, req := range []*kmsg.MetadataRequest{all, named} {
+		resp, err := client.SeedBrokers()[0].Request(ctx, req)
+		answer, is := resp.(*kmsg.MetadataResponse)
+		switch {
+		case failed != nil:
+			return false, failed
+		case ctx.Err() != nil:
+			return false, errNotKnown
+		case err != nil:
+			return false, err
+		case is:
+			topics[i] = answer.Topics
+		}
 	}
-	told, err := seed.Request(ctx, named)
-	if err != nil {
-		return false, err
-	}
-	topics, answer := seen.(*kmsg.MetadataResponse).Topics, told.(*kmsg.MetadataResponse).Topics
-	return len(topics) == 0 && len(answer) == 1 && answer[0].ErrorCode == kerr.TopicAuthorizationFailed.Code, nil
+	return len(topics[0]) == 0 && len(topics[1]) == 1 &&
+		topics[1][0].ErrorCode == kerr.TopicAuthorizationFailed.Code, nil
 }
 
 // upstream opens the configured way to every broker, on behalf of who.
@@ -311,7 +356,8 @@ func (b *brokerCheck) upstream(ctx context.Context, c ClusterConfig, brokers []k
 	return findings
 }
 
-func (b *brokerCheck) open(ctx context.Context, way *upstream.Upstream, name string, who upstream.Identity) (string, error) {
+func (b *brokerCheck) open(ctx context.Context, way *upstream.Upstream, name string, who upstream.Identity) (
+	string, error) {
 	ctx, cancel := context.WithTimeout(ctx, strangerTimeout)
 	defer cancel()
 	conn, err := b.dial(ctx, "tcp", name)

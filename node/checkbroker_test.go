@@ -2,6 +2,7 @@ package node_test
 
 import (
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -10,6 +11,7 @@ import (
 	"github.com/twmb/franz-go/pkg/kmsg"
 
 	"klamm/node"
+	"klamm/test/kafka"
 	"klamm/test/spire"
 	"klamm/test/stage"
 )
@@ -156,6 +158,41 @@ func TestBrokersAreCheckedForWaysPastTheNode(t *testing.T) {
 	})
 	if _, err := node.CheckBrokers(t.Context(), mtls, node.BrokerCheck{Cluster: "other"}); err == nil {
 		t.Error("a cluster that is not there is checked")
+	}
+}
+
+func TestABrokerThatTakesUnsignedTokensIsFound(t *testing.T) {
+	k := kafka.Start(t, kafka.Options{Authorizer: true, SuperUsers: []string{"User:klamm-doctor"}, Config: map[string]string{
+		"listener.name.sasl.sasl.enabled.mechanisms": "OAUTHBEARER",
+		"listener.name.sasl.oauthbearer.sasl.jaas.config": "org.apache.kafka.common.security.oauthbearer." +
+			`OAuthBearerLoginModule required unsecuredLoginStringClaim_sub="x";`}})
+	c := stage.Load(t, t.TempDir(), stage.NewCgroup(t), k.Addrs()[0], stage.OrdersOnly,
+		stage.Config{"intercept": "{firewall: false, ports: [9092, 9093]}"})
+	all := findings(t, c, node.BrokerCheck{})
+	if f := all["direct "+k.SASLAddrs()[0]]; f.OK || !strings.Contains(f.Detail, "unsigned token") {
+		t.Errorf("%+v", f)
+	}
+	if f := all["direct "+k.Addrs()[0]]; !f.OK {
+		t.Errorf("%+v", f)
+	}
+}
+
+func TestAListenerThatDoesNotAnswerIsNoProof(t *testing.T) {
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = silent.Close() })
+	broker := stage.StartBroker(t)
+	_, port, err := net.SplitHostPort(silent.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := stage.Load(t, t.TempDir(), stage.NewCgroup(t), broker.Addr(), stage.OrdersOnly,
+		stage.Config{"intercept": "{firewall: false, ports: [" + port + "]}"})
+	if f := findings(t, c, node.BrokerCheck{})["direct "+silent.Addr().String()]; f.OK ||
+		!strings.Contains(f.Detail, "not known") {
+		t.Errorf("%+v", f)
 	}
 }
 

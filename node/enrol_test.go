@@ -291,6 +291,24 @@ func TestALoopbackDestinationIsDialledInTheClientsNamespace(t *testing.T) {
 	}
 }
 
+func TestABrokerIsDialledFromTheClientsNetworkWhereThatIsConfigured(t *testing.T) {
+	e := newEnrolling(t)
+	pid, _ := e.inhabit(true)
+	if err := e.enrolled.enrol(netnsPath(pid), 0); err != nil {
+		t.Fatal(err)
+	}
+	ns, err := openNetns(netnsPath(pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = ns.Close() }()
+	// The new namespace has no way to anywhere: there a dial fails at once.
+	to := netip.MustParseAddrPort("192.0.2.1:9092")
+	if _, err := e.Dial(t.Context(), recordOf(ns.cookie, to), true); !errors.Is(err, unix.ENETUNREACH) {
+		t.Errorf("from the client's: %v", err)
+	}
+}
+
 func TestListenersAreLeftToTheNextNode(t *testing.T) {
 	e := newEnrolling(t)
 	pid, _ := e.inhabit(true)

@@ -48,7 +48,7 @@ func TestWhatIsWrongWithSPIREIsSaidWithLineAndColumn(t *testing.T) {
 		"no API":               {"{socket: /a.sock}", `2:8: the key "api" is missing`},
 		"an API that is none":  {"{api: brokers, socket: /a}", `2:14: unknown API "brokers", did you mean "broker"?`},
 		"no socket":            {"{api: delegated}", `2:8: give socket: where the agent serves the API`},
-		"a socket over TCP":    {"{api: broker, socket: 'tcp://127.0.0.1:1'}", `2:30: "tcp://127.0.0.1:1" is not the path of a unix socket`},
+		"a socket over TCP":    {"{api: broker, socket: 'tcp://127.0.0.1:1'}", `2:30: "tcp://127.0.0.1:1" is not the path`},
 		"a relative URI":       {"{api: broker, socket: 'unix:a.sock'}", `2:30: "unix:a.sock" is not the path`},
 		"a Workload API's URL": {"{api: broker, workload-api: 'http://a'}", `2:36: "http://a" is not the path`},
 		"no trust domains":     {"{api: broker, trust-domains: []}", `2:37: no trust domain: leave the key out`},

@@ -182,7 +182,8 @@ func TestTheBrokerKnowsTheWorkloadAsWhoItIs(t *testing.T) {
 			", login: {mechanism: SCRAM-SHA-512, username: alice, password-file: %q}}", password), ordersOf[2]},
 		"by client credentials of the node's": {login, w.tls("") + fmt.Sprintf(", login: {mechanism: OAUTHBEARER, "+
 			"token-url: %q, client-id: klamm, client-secret-file: %q}}", w.endpoint(t), secret), ordersOf[3]},
-		"by its JWT-SVID in cleartext": {w.SASLAddrs()[0], "{login: {jwt-svid: {audience: kafka}}, cleartext: true}", ordersOf[1]},
+		"by its JWT-SVID in cleartext": {w.SASLAddrs()[0], "{login: {jwt-svid: {audience: kafka}}, cleartext: true}",
+			ordersOf[1]},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := w.node(t, c.broker, c.upstream)
@@ -243,7 +244,7 @@ func TestRotationAndRenewalLoseNoRequest(t *testing.T) {
 			t.Parallel()
 			n := w.node(t, c.broker, c.upstream)
 			client := n.Workload(stage.OrdersUID).Client(t, c.broker, kgo.RequestRetries(0), kgo.RecordRetries(0))
-			for end := time.Now().Add(3 * life); time.Now().Before(end); {
+			for end := time.Now().Add(2 * life); time.Now().Before(end); {
 				if err := write(t, client, "orders"); err != nil {
 					t.Fatal(err)
 				}

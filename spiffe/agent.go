@@ -19,8 +19,8 @@ import (
 const maxSilence = time.Hour
 
 // Agent is the node's own standing with the SPIRE agent of its host, over the Workload API: its X509-SVID, and the
-// bundles of the trust domains it trusts, its own and those its entry federates with. Both are what the agent said last.
-// It is an x509svid.Source and an x509bundle.Source. Safe for concurrent use.
+// bundles of the trust domains it trusts, its own and those its entry federates with. Both are what the agent said
+// last. It is an x509svid.Source and an x509bundle.Source. Safe for concurrent use.
 type Agent struct {
 	socket string
 	log    zerolog.Logger
@@ -170,7 +170,8 @@ func (a *Agent) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundl
 	return bundle, nil
 }
 
-// since is until when the agent was heard for certain. An agent that hangs shows in that it renews no SVID. a.mu is held.
+// since is until when the agent was heard for certain. An agent that hangs shows in that it renews no SVID. a.mu is
+// held.
 func (a *Agent) since() time.Time {
 	if !a.silent.IsZero() {
 		return a.silent

@@ -86,7 +86,7 @@ type retries struct {
 func (r *retries) Next() time.Duration {
 	d := min(minRetry<<min(r.n, 16), r.max)
 	r.n++
-	return d - rand.N(d/2)
+	return d - rand.N(d/2) //nolint:gosec // jitter needs no secrecy
 }
 
 func (r *retries) Reset() { r.n = 0 }
@@ -140,11 +140,11 @@ var remedies = []struct {
 		" the agent's configuration"},
 	{api: brokerAPI, text: "first record does not look like a TLS handshake", remedy: "give the socket_path of the" +
 		" section agent.experimental.broker of the agent's configuration"},
-	{api: brokerAPI, text: "reference type", remedy: "add spiffe.broker.WorkloadPIDReference to the allowed_reference_types" +
-		" of the node in the agent's configuration"},
+	{api: brokerAPI, text: "reference type", remedy: "add spiffe.broker.WorkloadPIDReference to the node's" +
+		" allowed_reference_types in the agent's configuration"},
 	{api: brokerAPI, code: codes.PermissionDenied, remedy: "the agent does not give this workload's identity to the node"},
-	{code: codes.PermissionDenied, text: "no identity issued", remedy: "register the node: spire-server entry create with" +
-		" selectors of its process"},
+	{code: codes.PermissionDenied, text: "no identity issued", remedy: "register the node: spire-server entry create" +
+		" with selectors of its process"},
 	{api: adminAPI, code: codes.Unimplemented, remedy: "give the admin_socket_path of a SPIRE agent 1.10.2 or later"},
 	{api: adminAPI, code: codes.InvalidArgument, remedy: "the agent takes no pid: it must be SPIRE 1.10.2 or later"},
 	{api: brokerAPI, code: codes.Unimplemented, remedy: "give the socket_path of the section" +
@@ -173,7 +173,8 @@ func agentError(api, socket string, err error) error {
 		code = codes.DeadlineExceeded
 	}
 	for _, r := range remedies {
-		if (r.api == "" || r.api == api) && (r.code == codes.OK || r.code == code) && strings.Contains(err.Error(), r.text) {
+		if (r.api == "" || r.api == api) && (r.code == codes.OK || r.code == code) &&
+			strings.Contains(err.Error(), r.text) {
 			e.Remedy = r.remedy
 			break
 		}

@@ -64,8 +64,9 @@ type SPIRE struct {
 
 // NewSPIRE watches the agent, which may come later, until it is closed.
 func NewSPIRE(o SPIREOptions, processes *Processes) (*SPIRE, error) {
-	s := &SPIRE{options: o, processes: processes, agent: OpenAgent(o.WorkloadAPI, o.Log), streams: make(chan struct{}, maxStreams),
-		probed: make(chan struct{}), asked: make(chan struct{}), since: time.Now(), back: make(chan struct{}), failures: map[string]uint64{}}
+	s := &SPIRE{options: o, processes: processes, agent: OpenAgent(o.WorkloadAPI, o.Log),
+		streams: make(chan struct{}, maxStreams), probed: make(chan struct{}), asked: make(chan struct{}),
+		since: time.Now(), back: make(chan struct{}), failures: map[string]uint64{}}
 	s.heard = sync.OnceFunc(func() { close(s.asked) })
 	s.err = s.error(errStarting)
 	var err error
@@ -256,7 +257,8 @@ func (s *SPIRE) pause(ctx context.Context, d time.Duration) {
 	case <-timer.C:
 		return
 	case <-back:
-		timer.Reset(rand.N(min(time.Duration(len(s.streams))*spread, d)))
+		apart := time.Duration(len(s.streams)) * spread
+		timer.Reset(rand.N(min(apart, d))) //nolint:gosec // jitter needs no secrecy
 	case <-ctx.Done():
 		return
 	}

@@ -20,8 +20,9 @@ var ErrNoSVID = errors.New("the workload has no SVID")
 
 // X509SVID is the workload's own X509-SVID, which has not expired. ErrNoSVID where it has none; what Identity.Lost says
 // where nobody is left who could have one.
-func (a *Attested) X509SVID() (*x509svid.SVID, error) {
-	id := a.Identity()
+func (h *Attested) X509SVID() (*x509svid.SVID, error) { return h.Identity().x509SVID() }
+
+func (id *Identity) x509SVID() (*x509svid.SVID, error) {
 	if id.Lost != nil {
 		return nil, id.Lost
 	}
@@ -41,18 +42,18 @@ func (a *Attested) X509SVID() (*x509svid.SVID, error) {
 // asked by pid, with the process proven before and after. The same token is given out until half of its life is over,
 // and to its end where the agent cannot be reached. Errors are X509SVID's, ErrGone, ErrChanged, an *AgentError. It takes
 // no longer than ctx.
-func (a *Attested) JWTSVID(ctx context.Context, audience string) (token string, expires time.Time, err error) {
-	svid, err := a.X509SVID()
+func (h *Attested) JWTSVID(ctx context.Context, audience string) (token string, expires time.Time, err error) {
+	r := h.record.Load()
+	svid, err := r.current.Load().x509SVID()
 	if err != nil {
 		return "", time.Time{}, err
 	}
-	r := a.record.Load()
 	peer := r.subject.peer
-	if _, err = a.attestor.processes.check(peer); err != nil {
+	if _, err = h.attestor.processes.check(peer); err != nil {
 		return "", time.Time{}, err
 	}
 	t, err := r.tokens.get(ctx, tokenKey{svid.ID, audience}, func() (jwtToken, error) {
-		return a.attestor.jwt(ctx, peer, svid.ID, audience)
+		return h.attestor.jwt(ctx, peer, svid.ID, audience)
 	})
 	return t.token, t.expires, err
 }
@@ -113,7 +114,9 @@ type tokens struct {
 	bounded[tokenKey, jwtToken]
 }
 
-func newTokens() tokens { return tokens{make(chan struct{}, 1), newBounded[tokenKey, jwtToken](maxTokens)} }
+func newTokens() tokens {
+	return tokens{make(chan struct{}, 1), newBounded[tokenKey, jwtToken](maxTokens)}
+}
 
 func (t tokens) get(ctx context.Context, key tokenKey, fetch func() (jwtToken, error)) (jwtToken, error) {
 	select {

@@ -65,6 +65,8 @@ func trusting(t testing.TB, a *ca.Authority, o SPIREOptions) *SPIRE {
 func TestWhatTheAgentGivesIsBelievedOnlyIfItIsRight(t *testing.T) {
 	root, stranger := authority(t, "root"), authority(t, "stranger")
 	good := issued(t, root, ca.Leaf{ID: orders})
+	over := issued(t, root, ca.Leaf{ID: orders, Expires: time.Now().Add(-time.Second)})
+	others := issued(t, root, ca.Leaf{ID: orders}).key
 	with := func(change func(*rawSVID)) rawSVID {
 		r := good
 		change(&r)
@@ -77,13 +79,13 @@ func TestWhatTheAgentGivesIsBelievedOnlyIfItIsRight(t *testing.T) {
 		"as it should be":               {good, ""},
 		"no certificate":                {with(func(r *rawSVID) { r.chain = nil }), "X509-SVID"},
 		"no key":                        {with(func(r *rawSVID) { r.key = nil }), "X509-SVID"},
-		"another's key":                 {with(func(r *rawSVID) { r.key = issued(t, root, ca.Leaf{ID: orders}).key }), "X509-SVID"},
+		"another's key":                 {with(func(r *rawSVID) { r.key = others }), "X509-SVID"},
 		"garbage for a certificate":     {with(func(r *rawSVID) { r.chain = []byte("garbage") }), "X509-SVID"},
 		"a certificate without an ID":   {issued(t, root, ca.Leaf{Names: []string{"orders"}}), "X509-SVID"},
 		"the ID of a trust domain":      {issued(t, root, ca.Leaf{ID: "spiffe://example.test"}), "X509-SVID"},
 		"an ID that is none":            {issued(t, root, ca.Leaf{ID: "https://example.test/orders"}), "X509-SVID"},
 		"another trust domain's":        {issued(t, root, ca.Leaf{ID: "spiffe://other.test/orders"}), "trust-domains"},
-		"one that has expired":          {issued(t, root, ca.Leaf{ID: orders, Expires: time.Now().Add(-time.Second)}), "expired"},
+		"one that has expired":          {over, "expired"},
 		"one that somebody else issued": {issued(t, stranger, ca.Leaf{ID: orders}), "not issued by its trust domain"},
 		"the issuer's own certificate":  {rawSVID{chain: root.Certificate.Raw, key: good.key}, "X509-SVID"},
 	} {
@@ -200,7 +202,8 @@ func key(t testing.TB) any {
 func TestOnlyTheTokenOfTheWorkloadsIDIsGivenOut(t *testing.T) {
 	id := spiffeid.RequireFromString(orders)
 	of := func(subject, audience string, life time.Duration) string {
-		return token(t, jwt.Claims{Subject: subject, Audience: jwt.Audience{audience}, Expiry: jwt.NewNumericDate(time.Now().Add(life))})
+		return token(t, jwt.Claims{Subject: subject, Audience: jwt.Audience{audience},
+			Expiry: jwt.NewNumericDate(time.Now().Add(life))})
 	}
 	other, good := of("spiffe://example.test/other", "kafka", time.Hour), of(orders, "kafka", time.Hour)
 	for name, test := range map[string]struct {
@@ -232,7 +235,8 @@ func TestOnlyTheTokenOfTheWorkloadsIDIsGivenOut(t *testing.T) {
 
 func FuzzPickJWT(f *testing.F) {
 	id := spiffeid.RequireFromString(orders)
-	f.Add(token(f, jwt.Claims{Subject: orders, Audience: jwt.Audience{"kafka"}, Expiry: jwt.NewNumericDate(time.Now().Add(time.Hour))}))
+	f.Add(token(f, jwt.Claims{Subject: orders, Audience: jwt.Audience{"kafka"},
+		Expiry: jwt.NewNumericDate(time.Now().Add(time.Hour))}))
 	f.Fuzz(func(t *testing.T, s string) {
 		got, err := pickJWT([]string{s}, id, "kafka")
 		if err == nil && !time.Now().Before(got.expires) {

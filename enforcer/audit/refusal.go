@@ -44,8 +44,8 @@ var Reasons = map[Reason]string{
 	NoIdentity:         "the process ended or changed while it was identified; a client that retries is identified anew",
 	NoCluster:          "if this is a broker of yours, add it under clusters in klamm.yaml",
 	BrokerUnreachable:  "check the broker and the route to it from this host",
-	UpstreamTLS:        "see upstream.tls of the cluster in klamm.yaml, and the broker's certificate; klamm doctor broker tries it",
-	UpstreamLogin:      "see upstream.login of the cluster in klamm.yaml, and the broker's log; klamm doctor broker tries it",
+	UpstreamTLS:        "see upstream.tls in klamm.yaml, and the broker's certificate; klamm doctor broker tries it",
+	UpstreamLogin:      "see upstream.login in klamm.yaml, and the broker's log; klamm doctor broker tries it",
 	NoSVID:             "give the workload an entry in SPIRE; klamm status says whether the agent is reached",
 	TooManyConnections: "raise limits.connections in klamm.yaml, or find the client that opens them",
 	NotEnrolled:        "nothing to do if it is the only one of its container; else the node's log says why",
@@ -54,12 +54,12 @@ var Reasons = map[Reason]string{
 	Older:              "nothing to do: the client connects anew, through the node",
 	Bypass:             "find out who runs there: no Kafka client does this",
 	Tampered:           "find out who has root's rights on this host, and uses them",
-	TLSRefused: "set clients.tls of the cluster in klamm.yaml (klamm doctor tls tells which mode works for whom), or let " +
-		"the client speak plaintext to the node",
-	TLSName: "let the client use a name of bootstrap or one the brokers advertise, or add its name to clients.names of the " +
-		"cluster in klamm.yaml",
+	TLSRefused: "set clients.tls of the cluster in klamm.yaml (klamm doctor tls tells which mode works for whom), or " +
+		"let the client speak plaintext to the node",
+	TLSName: "let the client use a name of bootstrap or one the brokers advertise, or add its name to clients.names of " +
+		"the cluster in klamm.yaml",
 	TLSUntrusted:       "the client's truststore does not have the issuer: see klamm doctor tls",
-	TLSCertificate:     "look at the client's certificate; client-certificates of the cluster in klamm.yaml says what is accepted",
+	TLSCertificate:     "look at the client's certificate; client-certificates in klamm.yaml says what is accepted",
 	TLSIssuer:          "see what the issuer says; clients.issuer of the cluster in klamm.yaml says who it is",
 	TLSHandshake:       "the client speaks no TLS 1.2 or later, or something that is not Kafka over TLS",
 	BadFrame:           "the client does not speak Kafka, or sends frames above limits.max-frame",

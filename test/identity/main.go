@@ -73,7 +73,7 @@ func main() {
 
 // roles are what this program is when it is started by itself: a client, or the host next to a Kubernetes node.
 var roles = map[string]func(args []string) int{
-	"client": beClient, "load": beLoad, "svid": fetchSVID, "watch": beWatcher, "inside": beInside,
+	"client": beClient, "leaf": beLeaf, "load": beLoad, "svid": fetchSVID, "watch": beWatcher, "inside": beInside,
 	"podhost": bePods,
 }
 

@@ -96,7 +96,8 @@ func (s *SPIRE) Update(ctx context.Context, id string, e Entry) error {
 
 // Remove revokes an entry.
 func (s *SPIRE) Remove(ctx context.Context, id string) error {
-	answer, err := entryv1.NewEntryClient(s.conn).BatchDeleteEntry(ctx, &entryv1.BatchDeleteEntryRequest{Ids: []string{id}})
+	answer, err := entryv1.NewEntryClient(s.conn).BatchDeleteEntry(ctx,
+		&entryv1.BatchDeleteEntryRequest{Ids: []string{id}})
 	if _, err := one(answer.GetResults(), err); err != nil {
 		return fmt.Errorf("remove entry %s: %w", id, err)
 	}

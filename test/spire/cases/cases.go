@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -307,6 +308,34 @@ func rotation(ctx context.Context, e *Env) error {
 	return err
 }
 
+// Roots is for a real SPIRE whose root lives for RootTTL.
+var Roots = Case{"the root is replaced without a gap", func(ctx context.Context, e *Env) error {
+	_, a, err := e.serving(ctx)
+	if err != nil {
+		return err
+	}
+	attested, _, err := e.known(ctx, a, "rooted", spire.Entry{X509TTL: e.ShortTTL()})
+	if err != nil {
+		return err
+	}
+	issuers := map[string]bool{}
+	err = stays(ctx, RootTTL, func() error {
+		svid, err := attested.X509SVID()
+		if err != nil {
+			return err
+		}
+		issuers[string(svid.Certificates[0].AuthorityKeyId)] = true
+		return is(ctx, attested, e.ID("/rooted"), 0)
+	})
+	if err == nil && len(issuers) < 2 {
+		err = errors.New("it was not replaced")
+	}
+	return err
+}}
+
+// RootTTL is a short life of a root that SPIRE keeps up with.
+const RootTTL = 2 * time.Minute
+
 func expiry(ctx context.Context, e *Env) error {
 	s, a, err := e.serving(ctx)
 	if err != nil {
@@ -363,12 +392,13 @@ func restarted(how syscall.Signal) func(context.Context, *Env) error {
 		if err != nil {
 			return err
 		}
-		lapses := 0
-		defer attested.Watch(func() {
+		var lapses atomic.Int32
+		stop := attested.Watch(func() {
 			if attested.Identity().ID.IsZero() {
-				lapses++
+				lapses.Add(1)
 			}
-		})()
+		})
+		defer stop()
 		if err := e.StopAgent(how); err != nil {
 			return err
 		}
@@ -381,8 +411,8 @@ func restarted(how syscall.Signal) func(context.Context, *Env) error {
 		if err := e.serves(ctx, s); err != nil {
 			return err
 		}
-		if err := is(ctx, attested, e.ID("/restarted"), 0); err != nil || lapses > 0 {
-			return errors.Join(err, fmt.Errorf("%d lapses", lapses))
+		if err := is(ctx, attested, e.ID("/restarted"), 0); err != nil || lapses.Load() > 0 {
+			return errors.Join(err, fmt.Errorf("%d lapses", lapses.Load()))
 		}
 		if err := e.Remove(ctx, id); err != nil { // the stream is there again, and not only the SVID
 			return err

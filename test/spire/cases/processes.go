@@ -88,5 +88,5 @@ func (e *Env) copyOfSelf() (string, error) {
 		return "", err
 	}
 	self := filepath.Join(dir, "probe")
-	return self, errors.Join(os.Chmod(dir, 0o755), os.WriteFile(self, code, 0o755)) //nolint:gosec // others execute it
+	return self, errors.Join(os.Chmod(dir, 0o755), os.WriteFile(self, code, 0o755))
 }

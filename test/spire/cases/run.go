@@ -49,8 +49,8 @@ const (
 	look     = 10 * time.Millisecond
 )
 
-// Case is one thing that must hold. It leaves the world as it found it. Its own processes are of root, and of users from
-// 30000 on.
+// Case is one thing that must hold. It leaves the world as it found it. Its own processes are of root, and of users
+// from 30000 on.
 type Case struct {
 	Name string
 	Run  func(ctx context.Context, e *Env) error
@@ -201,12 +201,13 @@ func (e *Env) attest(ctx context.Context, a *spiffe.Attestor, peer spiffe.Peer) 
 // is waits for an identity; "" is none.
 func is(ctx context.Context, a *spiffe.Attested, id string, within time.Duration) error {
 	changed := make(chan struct{}, 1)
-	defer a.Watch(func() {
+	stop := a.Watch(func() {
 		select {
 		case changed <- struct{}{}:
 		default:
 		}
-	})()
+	})
+	defer stop()
 	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
 	for a.Identity().ID.String() != id {
@@ -246,7 +247,7 @@ func says(err error, words ...string) error {
 	}
 	for _, w := range words {
 		if !strings.Contains(err.Error(), w) {
-			return fmt.Errorf("the message %q does not say %q", err, w)
+			return fmt.Errorf("the message does not say %q: %w", w, err)
 		}
 	}
 	return nil

@@ -5,12 +5,14 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"net"
 	"os"
 	"slices"
 	"time"
 
+	"github.com/go-jose/go-jose/v4"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/exp/proto/spiffe/broker"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
@@ -97,21 +99,6 @@ func (w *workloadAPI) FetchX509SVID(_ *workload.X509SVIDRequest,
 	})
 }
 
-// FetchJWTBundles is the Workload API's.
-func (w *workloadAPI) FetchJWTBundles(_ *workload.JWTBundlesRequest,
-	stream grpc.ServerStreamingServer[workload.JWTBundlesResponse]) error {
-	return w.follow(stream.Context(), caller(stream.Context()), func(entries []*entry) error {
-		if len(entries) == 0 {
-			return errNoIdentity
-		}
-		keys, err := w.KeySet()
-		if err != nil {
-			return err
-		}
-		return stream.Send(&workload.JWTBundlesResponse{Bundles: map[string][]byte{"spiffe://" + spire.TrustDomain: keys}})
-	})
-}
-
 // FetchJWTSVID is the Workload API's.
 func (w *workloadAPI) FetchJWTSVID(ctx context.Context, req *workload.JWTSVIDRequest) (*workload.JWTSVIDResponse, error) {
 	if err := w.gate(ctx); err != nil {
@@ -122,6 +109,21 @@ func (w *workloadAPI) FetchJWTSVID(ctx context.Context, req *workload.JWTSVIDReq
 		answer.Svids = append(answer.Svids, &workload.JWTSVID{SpiffeId: e.ID, Svid: token, Hint: e.Hint})
 	})
 	return answer, err
+}
+
+// FetchJWTBundles is the Workload API's.
+func (w *workloadAPI) FetchJWTBundles(_ *workload.JWTBundlesRequest,
+	stream grpc.ServerStreamingServer[workload.JWTBundlesResponse]) error {
+	return w.follow(stream.Context(), caller(stream.Context()), func(entries []*entry) error {
+		if len(entries) == 0 {
+			return errNoIdentity
+		}
+		keys, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: w.key.Public(), KeyID: keyID}}})
+		if err != nil {
+			return err
+		}
+		return stream.Send(&workload.JWTBundlesResponse{Bundles: map[string][]byte{"spiffe://" + spire.TrustDomain: keys}})
+	})
 }
 
 // adminServer is the Delegated Identity API.
@@ -245,7 +247,8 @@ func (a *Agent) brokerServer() *grpc.Server {
 		c.NextProtos = []string{"h2"}
 		return c, nil
 	}
-	s := grpc.NewServer(grpc.Creds(credentials.NewTLS(&tls.Config{GetConfigForClient: config, MinVersion: tls.VersionTLS12})))
+	each := credentials.NewTLS(&tls.Config{GetConfigForClient: config, MinVersion: tls.VersionTLS12})
+	s := grpc.NewServer(grpc.Creds(each))
 	broker.RegisterAPIServer(s, &brokerAPI{Agent: a})
 	return s
 }
@@ -323,7 +326,8 @@ func (b *brokerAPI) untilGone(ctx context.Context, pid int32, cancel context.Can
 }
 
 // FetchJWTSVID is the Broker API's.
-func (b *brokerAPI) FetchJWTSVID(ctx context.Context, req *broker.FetchJWTSVIDRequest) (*broker.FetchJWTSVIDResponse, error) {
+func (b *brokerAPI) FetchJWTSVID(ctx context.Context, req *broker.FetchJWTSVIDRequest) (
+	*broker.FetchJWTSVIDResponse, error) {
 	if err := b.gate(ctx); err != nil {
 		return nil, err
 	}

@@ -85,7 +85,8 @@ func New(opts Options) (*Agent, error) {
 		federated: map[string]*x509.Certificate{}, delegates: []string{spire.Node}, changed: make(chan struct{}),
 		paused: make(chan struct{})}
 	close(a.paused)
-	if _, err := a.Register(context.Background(), spire.Entry{ID: spire.Node, Selectors: []string{"unix:uid:0"}}); err != nil {
+	node := spire.Entry{ID: spire.Node, Selectors: []string{"unix:uid:0"}}
+	if _, err := a.Register(context.Background(), node); err != nil {
 		return nil, err
 	}
 	return a, a.StartAgent(context.Background())
@@ -118,9 +119,9 @@ func (a *Agent) StartAgent(context.Context) error {
 		}
 		l.SetUnlinkOnClose(false)
 		if path == a.WorkloadAPI() {
-			err = os.Chmod(path, 0o777) //nolint:gosec // any process may ask who it is
+			err = os.Chmod(path, 0o777)
 		} else {
-			err = os.Chmod(path, 0o770) //nolint:gosec // as SPIRE does
+			err = os.Chmod(path, 0o770)
 		}
 		if err != nil {
 			return err
@@ -175,7 +176,7 @@ func (a *Agent) Resume() error {
 	return nil
 }
 
-// gate holds an answer for as long as the agent is mute.
+// gate holds an answer for as long as the agent is mute. Its error is that of ctx.
 func (a *Agent) gate(ctx context.Context) error {
 	a.mu.Lock()
 	paused := a.paused
@@ -317,22 +318,20 @@ func (a *Agent) token(e *entry, audience []string) (string, time.Time, error) {
 	if e.JWTTTL != 0 {
 		ttl = e.JWTTTL
 	}
-	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: a.key, KeyID: keyID}}, nil)
+	key := jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: a.key, KeyID: keyID}}
+	signer, err := jose.NewSigner(key, nil)
 	if err != nil {
 		return "", time.Time{}, err
 	}
 	now := time.Now()
-	token, err := jwt.Signed(signer).Claims(jwt.Claims{Subject: e.ID, Audience: audience, IssuedAt: jwt.NewNumericDate(now),
-		Expiry: jwt.NewNumericDate(now.Add(ttl))}).Serialize()
+	token, err := jwt.Signed(signer).Claims(jwt.Claims{Subject: e.ID, Audience: audience,
+		IssuedAt: jwt.NewNumericDate(now), Expiry: jwt.NewNumericDate(now.Add(ttl))}).Serialize()
 	return token, now.Add(ttl), err
 }
 
 // follow sends what a user has, at once and at every change, until it fails or the stream ends.
 func (a *Agent) follow(ctx context.Context, uid uint32, send func([]*entry) error) error {
-	for {
-		if err := a.gate(ctx); err != nil {
-			return nil // as SPIRE does
-		}
+	for a.gate(ctx) == nil {
 		a.mu.Lock()
 		found, renew, err := a.matching(uid)
 		copies := make([]*entry, len(found))
@@ -353,11 +352,10 @@ func (a *Agent) follow(ctx context.Context, uid uint32, send func([]*entry) erro
 		case <-changed:
 		case <-timer.C:
 		case <-ctx.Done():
-			timer.Stop()
-			return nil
 		}
 		timer.Stop()
 	}
+	return nil // SPIRE ends streams so
 }
 
 // bundles are the federated ones of entries, by trust domain.
