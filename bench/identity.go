@@ -51,7 +51,8 @@ type agent interface {
 }
 
 // measureIdentity compares the bare relay with nodes that ask one source each.
-func measureIdentity(ctx context.Context, s settings, dir, cgroup, broker string, bare *variant) (all []identity, err error) {
+func measureIdentity(ctx context.Context, s settings, dir, cgroup, broker string, bare *variant) (
+	all []identity, err error) {
 	relay := identity{}
 	if relay.FirstAnswer, err = firstAnswers(ctx, bare.loadCgroup(), broker); err != nil || s.klamm == "" {
 		return []identity{relay}, err
@@ -77,8 +78,8 @@ func measureIdentity(ctx context.Context, s settings, dir, cgroup, broker string
 	return all, nil
 }
 
-func startAgent(ctx context.Context, real bool) (a agent, name string, err error) {
-	if real {
+func startAgent(ctx context.Context, genuine bool) (a agent, name string, err error) {
+	if genuine {
 		a, err = spire.New(ctx, spire.Options{})
 		name = "SPIRE"
 	} else {

@@ -235,7 +235,7 @@ func fork() error {
 	for {
 		n, _, errno := syscall.RawSyscall(syscall.SYS_READ, 0, uintptr(unsafe.Pointer(&b)), 1)
 		if n == 0 || errno != 0 && errno != syscall.EINTR {
-			syscall.RawSyscall(syscall.SYS_EXIT_GROUP, 0, 0, 0)
+			_, _, _ = syscall.RawSyscall(syscall.SYS_EXIT_GROUP, 0, 0, 0)
 		}
 	}
 }
@@ -324,7 +324,8 @@ func (c *client) kill() {
 	if err := c.cmd.Process.Kill(); err != nil {
 		c.t.Fatal(err)
 	}
-	if _, err := unix.Poll([]unix.PollFd{{Fd: int32(c.pidFD), Events: unix.POLLIN}}, int(patience.Milliseconds())); err != nil {
+	exited := []unix.PollFd{{Fd: int32(c.pidFD), Events: unix.POLLIN}}
+	if _, err := unix.Poll(exited, int(patience.Milliseconds())); err != nil {
 		c.t.Fatal(err)
 	}
 }

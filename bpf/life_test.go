@@ -187,7 +187,8 @@ func TestADescriptorThatWasHandedOnIsFoundWithItsHolder(t *testing.T) {
 		if err != nil {
 			continue
 		}
-		if cookie, err := unix.GetsockoptUint64(got, unix.SOL_SOCKET, unix.SO_COOKIE); err == nil && cookie == record.ClientCookie {
+		cookie, err := unix.GetsockoptUint64(got, unix.SOL_SOCKET, unix.SO_COOKIE)
+		if err == nil && cookie == record.ClientCookie {
 			stolen = got
 			continue
 		}

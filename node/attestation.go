@@ -85,7 +85,8 @@ func (n *Node) openAttestor(p *spiffe.Processes) error {
 		n.log.Warn().Err(err).Msg("a process that executes another program is noticed up to a second late")
 	}
 	n.attesting = prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "klamm_attestation_seconds",
-		Help: "Time to tell who connected, by whether its process was known.", Buckets: prometheus.ExponentialBuckets(16e-6, 4, 10),
+		Help:    "Time to tell who connected, by whether its process was known.",
+		Buckets: prometheus.ExponentialBuckets(16e-6, 4, 10),
 	}, []string{"cached"})
 	n.registry.MustRegister(identities{n.attest}, n.attesting)
 	return nil

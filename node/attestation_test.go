@@ -53,8 +53,11 @@ func live(to string) error {
 	// By the byte: what is not read yet is for the program that is executed next.
 	for line := ""; ; {
 		b := make([]byte, 1)
-		if n, err := os.Stdin.Read(b); n == 0 || err != nil {
-			return nil // the test is over
+		switch _, err := os.Stdin.Read(b); {
+		case errors.Is(err, io.EOF): // the test is over
+			return nil
+		case err != nil:
+			return err
 		}
 		if line += string(b); b[0] != '\n' {
 			continue
@@ -106,7 +109,7 @@ func fork() (int, error) {
 	for {
 		n, _, errno := syscall.RawSyscall(syscall.SYS_READ, 0, uintptr(unsafe.Pointer(&b)), 1)
 		if n == 0 || errno != 0 && errno != syscall.EINTR {
-			syscall.RawSyscall(syscall.SYS_EXIT_GROUP, 0, 0, 0)
+			_, _, _ = syscall.RawSyscall(syscall.SYS_EXIT_GROUP, 0, 0, 0)
 		}
 	}
 }
@@ -252,12 +255,13 @@ func (s *stageOfLife) attested(r bpf.Record, uid int) *spiffe.Attested {
 func (s *stageOfLife) await(h *spiffe.Attested, what string, so func(*spiffe.Identity) bool) {
 	s.t.Helper()
 	changed := make(chan struct{}, 1)
-	defer h.Watch(func() {
+	stop := h.Watch(func() {
 		select {
 		case changed <- struct{}{}:
 		default:
 		}
-	})()
+	})
+	defer stop()
 	for end := time.After(redirectPatience); !so(h.Identity()); {
 		select {
 		case <-changed:
@@ -374,26 +378,34 @@ func TestADescriptorThatWasPassedOnOutlivesItsOwnerInVain(t *testing.T) {
 	s := newStageOfLife(t)
 	m := s.start(61001)
 	h := s.attested(m.record, 61001)
-	pidfd, err := unix.PidfdOpen(m.cmd.Process.Pid, 0)
+	stolen, err := steal(m.record)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = unix.Close(pidfd) }()
-	for fd := 3; ; fd++ { // as SCM_RIGHTS would give it
-		got, err := unix.PidfdGetfd(pidfd, fd, 0)
-		if err != nil {
-			if fd > 64 {
-				t.Fatal("the workload has no such socket")
-			}
-			continue
-		}
-		defer func() { _ = unix.Close(got) }()
-		if cookie, err := unix.GetsockoptUint64(got, unix.SOL_SOCKET, unix.SO_COOKIE); err == nil && cookie == m.record.ClientCookie {
-			break
-		}
-	}
+	defer func() { _ = unix.Close(stolen) }()
 	m.kill()
 	s.await(h, "the owner's end", lostBy(spiffe.ErrGone))
+}
+
+// steal has what SCM_RIGHTS would give: the socket of a connection.
+func steal(r bpf.Record) (int, error) {
+	pidfd, err := unix.PidfdOpen(int(r.TGID), 0)
+	if err != nil {
+		return -1, err
+	}
+	defer func() { _ = unix.Close(pidfd) }()
+	for fd := range 64 {
+		got, err := unix.PidfdGetfd(pidfd, fd, 0)
+		if err != nil {
+			continue
+		}
+		cookie, err := unix.GetsockoptUint64(got, unix.SOL_SOCKET, unix.SO_COOKIE)
+		if err == nil && cookie == r.ClientCookie {
+			return got, nil
+		}
+		_ = unix.Close(got)
+	}
+	return -1, errors.New("the process has no such socket")
 }
 
 // TestAReusedPidIsAnotherProcess makes the kernel give a pid again, by ns_last_pid: it names the last one that was given.

@@ -85,7 +85,7 @@ type ReviewConfig struct {
 	// How often a token is reviewed while a process with it is connected, 1s to 1m. The API server's own cache adds ten
 	// seconds. Default: 3s.
 	Every time.Duration `yaml:"every"`
-	// How long a reviewed token counts while the API server does not answer, 1s to 1h. Default: 15s.
+	// How long a reviewed token counts while the API server does not answer, from every to 1h. Default: 15s.
 	MaxStale time.Duration `yaml:"max-stale"`
 }
 
@@ -202,7 +202,7 @@ func (c *ReviewConfig) UnmarshalYAML(node *yaml.Node) error {
 			{(c.Cert == "") == (c.Key == ""), node, "cert and key are given together or not at all"},
 			{(c.TokenFile == "") != (c.Cert == ""), node, "give either token-file, or cert and key"},
 			{c.Every >= time.Second && c.Every <= time.Minute, key(node, "every"), "want 1s to 1m"},
-			{c.MaxStale >= time.Second && c.MaxStale <= time.Hour, key(node, "max-stale"), "want 1s to 1h"},
+			{c.MaxStale >= c.Every && c.MaxStale <= time.Hour, key(node, "max-stale"), "want at least every, and up to 1h"},
 		}
 	})
 }

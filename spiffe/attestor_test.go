@@ -168,12 +168,13 @@ func attest(t *testing.T, a *Attestor, peer Peer) *Attested {
 func await(t *testing.T, h *Attested, what string, so func(*Identity) bool) *Identity {
 	t.Helper()
 	changed := make(chan struct{}, 1)
-	defer h.Watch(func() {
+	stop := h.Watch(func() {
 		select {
 		case changed <- struct{}{}:
 		default:
 		}
-	})()
+	})
+	defer stop()
 	end := time.After(patience)
 	for {
 		if id := h.Identity(); so(id) {
@@ -191,10 +192,10 @@ func lost(reason error) func(*Identity) bool {
 	return func(id *Identity) bool { return errors.Is(id.Lost, reason) }
 }
 
-func ended(t *testing.T, ctx context.Context) {
+func (w *scriptedWatch) ended(t *testing.T) {
 	t.Helper()
 	select {
-	case <-ctx.Done():
+	case <-w.ctx.Done():
 	case <-time.After(patience):
 		t.Fatal("the source is still asked")
 	}
@@ -243,7 +244,7 @@ func TestALingeringProcessIsForgottenInTheEnd(t *testing.T) {
 		t.Fatal("it is forgotten too early")
 	}
 	a.expire(time.Now().Add(linger + time.Second))
-	ended(t, w.ctx)
+	w.ended(t)
 	if s := a.State(); s.Processes != 0 || s.Lingering != 0 {
 		t.Errorf("afterwards: %+v", s)
 	}

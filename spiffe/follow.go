@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"time"
 )
 
@@ -35,36 +36,73 @@ type tokenReader struct {
 // When the process that connected exits, others may still hold its connection; the last token then speaks for them
 // until it ends or is revoked.
 func (r tokenReader) follow(ctx context.Context, tell func(*Evidence, error)) error {
-	var said *Evidence // of token
-	var token string
-	var why error
-	var proven time.Time // when said was last found true
-	for first := true; ctx.Err() == nil; first = false {
-		looked := time.Now()
-		now, e, err := r.look(ctx, token)
-		if ctx.Err() != nil {
-			return nil //nolint:nilerr // look's error is that of ctx
+	f := following{tokenReader: r, first: true}
+	for ctx.Err() == nil {
+		if left := f.left(); left > 0 || f.doubt == nil {
+			if err := f.lookAgain(ctx, tell); err != nil {
+				return err
+			}
+		} else {
+			f.take("", nil, f.doubt, tell)
 		}
-		switch unknown := new(unknownError); {
-		case errors.Is(err, ErrGone), errors.Is(err, ErrChanged):
-			return err
-		case errors.As(err, unknown) && said != nil && looked.Sub(proven) < r.keep:
-			now, e, err = token, said, nil
-		case err == nil:
-			proven = looked
-		}
-		if first || (e == nil) != (said == nil) || now != token || !sameError(err, why) {
-			tell(e, err)
-		}
-		token, said, why = now, e, err
-		r.wait(ctx, said)
+		f.wait(ctx)
+	}
+	return nil
+}
+
+// following is what was told of a token so far.
+type following struct {
+	tokenReader
+	first  bool // nothing was told yet
+	said   *Evidence
+	token  string // of said
+	why    error
+	proven time.Time // when said was last found true
+	doubt  error     // of the last look, where that ended with an unknownError and said stays nevertheless
+}
+
+// left is for how long what was said may stay when it cannot be looked at again.
+func (f *following) left() time.Duration {
+	if f.said == nil {
+		return 0
+	}
+	return f.keep - time.Since(f.proven)
+}
+
+func (f *following) take(token string, e *Evidence, why error, tell func(*Evidence, error)) {
+	changed := f.first || (e == nil) != (f.said == nil) || token != f.token || !sameError(why, f.why)
+	f.first, f.token, f.said, f.why, f.doubt = false, token, e, why, nil
+	if changed {
+		tell(e, why)
+	}
+}
+
+func (f *following) lookAgain(ctx context.Context, tell func(*Evidence, error)) error {
+	timeout := attemptTimeout
+	if left := f.left(); left > 0 {
+		timeout = min(timeout, left)
+	}
+	looked := time.Now()
+	token, e, err := f.look(ctx, f.token, timeout)
+	switch unknown := new(unknownError); {
+	case ctx.Err() != nil:
+	case errors.Is(err, ErrGone), errors.Is(err, ErrChanged):
+		return err
+	case errors.As(err, unknown) && f.left() > 0:
+		f.doubt = err
+	case errors.Is(err, fs.ErrNotExist): // most workloads have none
+		f.take("", nil, nil, tell)
+	default:
+		f.proven = looked
+		f.take(token, e, err, tell)
 	}
 	return nil
 }
 
 // look reads and verifies the token. last is the one before.
-func (r tokenReader) look(ctx context.Context, last string) (token string, e *Evidence, err error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, attemptTimeout, unknownError{errors.New("it took too long")})
+func (r tokenReader) look(ctx context.Context, last string, timeout time.Duration) (
+	token string, e *Evidence, err error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, timeout, unknownError{errors.New("it took too long")})
 	defer cancel()
 	token, err = r.read(ctx)
 	if errors.Is(err, ErrGone) && last != "" {
@@ -79,11 +117,14 @@ func (r tokenReader) look(ctx context.Context, last string) (token string, e *Ev
 	return token, e, nil
 }
 
-// wait is until the next look: at the pace, and once more before the evidence ends.
-func (r tokenReader) wait(ctx context.Context, said *Evidence) {
-	wait := jittered(r.pace)
-	if said != nil && !said.Expires.IsZero() {
-		wait = min(wait, max(time.Until(said.Expires)-time.Second, time.Second))
+// wait is until the next look: at the pace, and once more before the evidence ends; and no longer than it may stay.
+func (f *following) wait(ctx context.Context) {
+	wait := jittered(f.pace)
+	if f.said != nil && !f.said.Expires.IsZero() {
+		wait = min(wait, max(time.Until(f.said.Expires)-time.Second, time.Second))
+	}
+	if f.doubt != nil {
+		wait = min(wait, f.left())
 	}
 	select {
 	case <-ctx.Done():

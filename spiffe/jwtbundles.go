@@ -10,7 +10,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
-	"google.golang.org/grpc"
 )
 
 // JWTBundles are the keys of JWT-SVIDs, of the trust domains that the node trusts, as the SPIRE agent of its host said
@@ -32,7 +31,7 @@ func OpenJWTBundles(socket string) *JWTBundles {
 	b := &JWTBundles{socket: socket, stop: stop, done: make(chan struct{}), silent: time.Now(), err: errStarting}
 	go func() {
 		defer close(b.done)
-		for retry := new(retries); ctx.Err() == nil; {
+		for retry := (&retries{max: maxRetry}); ctx.Err() == nil; {
 			b.watch(ctx, retry)
 			select {
 			case <-time.After(retry.Next()):
@@ -46,8 +45,7 @@ func OpenJWTBundles(socket string) *JWTBundles {
 // watch follows one client's stream until it ends for good, which go-spiffe lets it after InvalidArgument.
 func (b *JWTBundles) watch(ctx context.Context, retry *retries) {
 	client, err := workloadapi.New(ctx, workloadapi.WithAddr("unix://"+b.socket),
-		workloadapi.WithBackoffStrategy(pace{retry}),
-		workloadapi.WithDialOptions(grpc.WithNoProxy(), grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer))))
+		workloadapi.WithBackoffStrategy(pace{retry}), workloadapi.WithDialOptions(dialOptions()...))
 	if err != nil {
 		b.OnJWTBundlesWatchError(err)
 		return

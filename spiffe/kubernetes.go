@@ -63,6 +63,7 @@ func (k *Kubernetes) watch(ctx context.Context, p subject, tell func(*Evidence, 
 	reader.read = func(ctx context.Context) (string, error) { return k.processes.readToken(ctx, p, k.Path) }
 	reader.verify = func(ctx context.Context, token string) (*Evidence, error) {
 		e, err := k.verify(ctx, token, p.PodUID)
+		k.tokens.count(err)
 		if err != nil {
 			return nil, fmt.Errorf("%s of process %d in pod %s: %w", k.Path, p.peer.TGID, p.PodUID, err)
 		}
@@ -75,7 +76,7 @@ func (k *Kubernetes) verify(ctx context.Context, token, podUID string) (*Evidenc
 	prove := k.unproven
 	if k.Issuer != "" {
 		prove = func(ctx context.Context, token string) (*Evidence, error) {
-			return k.tokens.verify(ctx, token, k.Issuer, []string{k.Audience})
+			return k.tokens.evidence(ctx, token, k.Issuer, []string{k.Audience})
 		}
 	}
 	e, err := prove(ctx, token)

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 	"syscall"
@@ -147,13 +148,16 @@ func (a *Attestor) followExits() {
 
 // Executed says that a process has executed another program.
 func (a *Attestor) Executed(pid uint32) {
+	a.mu.Lock()
+	records := slices.Collect(maps.Keys(a.byPID[pid])) // those that are older than what is read of it now
+	a.mu.Unlock()
 	now, err := a.processes.tasks.Task(pid)
 	if err != nil {
 		return // it has exited, which its pidfd tells; or the next look does
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	for r := range a.byPID[pid] {
+	for _, r := range records {
 		a.compare(r, now)
 	}
 }
@@ -185,10 +189,10 @@ func (a *Attestor) follow() {
 	defer look.Stop()
 	for {
 		select {
-		case now := <-expiry.C:
-			a.expire(now)
-		case now := <-look.C:
-			a.look(now)
+		case <-expiry.C:
+			a.expire(time.Now())
+		case <-look.C:
+			a.look(time.Now())
 		case <-a.ended:
 			return
 		}
@@ -224,7 +228,7 @@ func (a *Attestor) records() (all []*record) {
 // that any longer.
 func (a *Attestor) look(at time.Time) {
 	a.mu.Lock()
-	records := a.records() // watched before it is looked at them
+	records := a.records() // those that are older than what is seen
 	a.mu.Unlock()
 	var now map[uint32]TaskFacts
 	var err error

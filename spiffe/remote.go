@@ -40,7 +40,7 @@ func (r Remote) ask(ctx context.Context, method, url string, body []byte) ([]byt
 	if err != nil {
 		return nil, fmt.Errorf("ask %s: %w", url, err)
 	}
-	request.Header.Set("Accept", "application/json")
+	request.Header.Set("Accept", "application/json, application/jwk-set+json") // Kubernetes wants its keys asked for by name
 	if body != nil {
 		request.Header.Set("Content-Type", "application/json")
 	}

@@ -195,13 +195,7 @@ func (t *Tokens) Verify(ctx context.Context, token string) (*Evidence, error) {
 // audiences that each has for logins.
 func (t *Tokens) verify(ctx context.Context, token, name string, audiences []string) (*Evidence, error) {
 	e, err := t.evidence(ctx, token, name, audiences)
-	var wrong *TokenError
-	switch {
-	case err == nil:
-		t.count("accepted")
-	case errors.As(err, &wrong):
-		t.count(wrong.Check)
-	}
+	t.count(err)
 	return e, err
 }
 
@@ -406,13 +400,20 @@ func (i *issuer) checkTimes(c josejwt.Claims, now time.Time) (expires time.Time,
 
 func stamp(d *josejwt.NumericDate) string { return d.Time().UTC().Format(time.RFC3339) }
 
-func (t *Tokens) count(check string) {
+func (t *Tokens) count(err error) {
+	result := "accepted"
+	if wrong := new(TokenError); errors.As(err, &wrong) {
+		result = wrong.Check
+	} else if err != nil {
+		result = "unknown"
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.counts[check]++
+	t.counts[result]++
 }
 
-// Counts is how many tokens were "accepted", and how many failed each check.
+// Counts is how many tokens were "accepted", how many failed each check, and of how many it is "unknown", since the API
+// server did not answer. A workload's token is counted each time it is looked at.
 func (t *Tokens) Counts() map[string]uint64 {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -113,15 +113,15 @@ func TestTheDoctorChecksTheConfigurationAndItsClusters(t *testing.T) {
 		"a cluster that answers":     {broker.Addr(), nil, "", ""},
 		"a cluster that is down":     {down, nil, "cluster main", "connection refused"},
 		"a policy that is not there": {broker.Addr(), stage.Config{"policies": "[gone.yaml]"}, "policies", "no such file"},
-		"a name nobody knows":        {broker.Addr(), unknown, "cluster main", "cannot resolve"},
-		"an agent that serves":       {broker.Addr(), spire("broker", agent.Socket("broker")), "", ""},
-		"an agent that is not there": {broker.Addr(), spire("broker", "/gone.sock"), "SPIRE agent", "start the SPIRE agent"},
-		"an agent's other socket":    {broker.Addr(), spire("delegated", agent.WorkloadAPI()), "SPIRE agent", "admin_socket_path"},
 		"an issuer that is down": {broker.Addr(),
 			stage.Config{"oidc": "[{issuer: 'http://" + down + "', audiences: [kafka]}]"},
 			"issuer http://" + down, "connection refused"},
 		"an API server that is down": {broker.Addr(), stage.Config{"kubernetes": "{review: {server: 'https://" + down +
 			"', token-file: '" + token + "'}}"}, "token reviews", "connection refused"},
+		"a name nobody knows":        {broker.Addr(), unknown, "cluster main", "cannot resolve"},
+		"an agent that serves":       {broker.Addr(), spire("broker", agent.Socket("broker")), "", ""},
+		"an agent that is not there": {broker.Addr(), spire("broker", "/gone.sock"), "SPIRE agent", "start the SPIRE agent"},
+		"an agent's other socket":    {broker.Addr(), spire("delegated", agent.WorkloadAPI()), "SPIRE agent", "admin_socket_path"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()

@@ -54,12 +54,12 @@ var Reasons = map[Reason]string{
 	Older:              "nothing to do: the client connects anew, through the node",
 	Bypass:             "find out who runs there: no Kafka client does this",
 	Tampered:           "find out who has root's rights on this host, and uses them",
-	TLSRefused: "set clients.tls of the cluster in klamm.yaml (klamm doctor tls tells which mode works for whom), or let " +
-		"the client speak plaintext to the node",
-	TLSName: "let the client use a name of bootstrap or one the brokers advertise, or add its name to clients.names of the " +
-		"cluster in klamm.yaml",
+	TLSRefused: "set clients.tls of the cluster in klamm.yaml (klamm doctor tls tells which mode works for whom), or " +
+		"let the client speak plaintext to the node",
+	TLSName: "let the client use a name of bootstrap or one the brokers advertise, or add its name to clients.names of " +
+		"the cluster in klamm.yaml",
 	TLSUntrusted:       "the client's truststore does not have the issuer: see klamm doctor tls",
-	TLSCertificate:     "look at the client's certificate; client-certificates of the cluster in klamm.yaml says what is accepted",
+	TLSCertificate:     "look at the client's certificate; client-certificates in klamm.yaml says what is accepted",
 	TLSIssuer:          "see what the issuer says; clients.issuer of the cluster in klamm.yaml says who it is",
 	TLSHandshake:       "the client speaks no TLS 1.2 or later, or something that is not Kafka over TLS",
 	BadFrame:           "the client does not speak Kafka, or sends frames above limits.max-frame",

@@ -105,26 +105,30 @@ func (s *session) tell(was, b *binding) {
 	if was == nil {
 		was = &binding{identity: &s.conn.Subject.Identity} // as the line of the opened connection has it
 	}
-	s.changes.Become(b.audit)
+	lost := b.lost != nil && was.lost == nil
+	other := !sameEvidence(was.identity, b.identity)
+	login := b.login != nil && (was.login == nil || was.login.Principal != b.login.Principal)
+	if !lost && !other && !login {
+		return
+	}
+	trail := s.conn.Audit.Trail(b.audit)
 	switch {
-	case b.lost != nil && was.lost == nil:
-		s.changes.Line("identity", audit.Deny).Str("change", string(b.lost.Reason)).Str("from", named(was.identity)).
+	case lost:
+		trail.Line("identity", audit.Deny).Str("change", string(b.lost.Reason)).Str("from", named(was.identity)).
 			Str("to", named(b.identity)).Str("why", b.lost.Error()).Str("hint", audit.Reasons[b.lost.Reason]).Send()
-	case !sameEvidence(was.identity, b.identity):
+	case other:
 		verdict := audit.Allow
 		if b.lost != nil {
 			verdict = audit.Deny
 		}
-		s.changes.Line("identity", verdict).Str("change", "identity").Str("from", named(was.identity)).
+		trail.Line("identity", verdict).Str("change", "identity").Str("from", named(was.identity)).
 			Str("to", named(b.identity)).Str("source", b.identity.Source).Send()
-	case b.login != nil && (was.login == nil || was.login.Principal != b.login.Principal):
-		s.changes.Line("identity", verdictOf(b.login.decision)).Str("change", "login").
+	case login:
+		trail.Line("identity", verdictOf(b.login.decision)).Str("change", "login").
 			Str("from", was.subject.Principal).Str("to", b.subject.Principal).Str("source", spiffe.SourceSASL).
 			Str("rule", b.login.decision.Rule).Send()
-	default:
-		return
 	}
-	if err := onRecord(s.changes)(); err != nil {
+	if err := onRecord(trail)(); err != nil {
 		s.end(err)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -102,9 +103,11 @@ const (
 
 func bearerMessage(token string) string { return "n,,\x01auth=Bearer " + token + "\x01\x01" }
 
-// byLogin are rules for who is logged in.
+// byLogin are rules for who is logged in, and how.
 const byLogin = `apiVersion: klamm/v1
 rules:
+  - {name: by mechanism, principals: ["spiffe://example.test/*"], when: sasl.mechanism == "GSSAPI",
+     allow: [{topic: "orders*", operations: [Write]}]}
   - {name: by name, principals: ["User:al,i=ce", "User:alice"], allow: [{topic: "orders*", operations: [Write]}]}
 `
 
@@ -130,8 +133,8 @@ func TestALoginCountsAfterTheBrokersLastSuccess(t *testing.T) {
 				t.Errorf("before the login: %v", err)
 			}
 			logIn(t, client, broker, mechanism, c.all...)
-			named := c.principal != ""
-			if err := wroteAs(t, client, broker, named); named != (err == nil) {
+			allowed := c.principal != "" || mechanism == "GSSAPI"
+			if err := wroteAs(t, client, broker, allowed); allowed != (err == nil) {
 				t.Errorf("after the login: %v", err)
 			}
 			client.closeWrite()
@@ -501,8 +504,8 @@ func TestALoginMayBeRenewedAtAnyTime(t *testing.T) {
 	rig := newRig(t, byLogin)
 	rig.shared.CloseOnLoss = true
 	client, broker, ended := rig.serveScripted(t)
-	logIn(t, client, broker, "PLAIN", said{msg: "\x00alice\x00wonder", life: 400 * time.Millisecond})
-	until := time.Now().Add(time.Second)
+	logIn(t, client, broker, "PLAIN", said{msg: "\x00alice\x00wonder", life: time.Second})
+	until := time.Now().Add(2500 * time.Millisecond)
 	for i := 0; time.Now().Before(until); i++ {
 		produce := produceRequest(9, -1, []byte("record"), "orders")
 		client.write(append(requestFrame(8, produce), requestFrame(1, handshakeRequest("PLAIN"))...)) // without waiting
@@ -512,7 +515,7 @@ func TestALoginMayBeRenewedAtAnyTime(t *testing.T) {
 			wire.AppendResponse(nil, greeting.Correlation, handshakeRequest("PLAIN").ResponseKind())...))
 		client.response(8, produce)
 		client.response(1, handshakeRequest("PLAIN"))
-		exchange(t, client, broker, said{msg: "\x00alice\x00wonder", life: 400 * time.Millisecond})
+		exchange(t, client, broker, said{msg: "\x00alice\x00wonder", life: time.Second})
 	}
 	client.closeWrite()
 	broker.closeWrite()
@@ -560,7 +563,7 @@ func shortSessions(soon time.Duration) map[string]struct {
 
 // As a broker does: whoever uses the connection after its session is cut off without an answer.
 func TestAnExpiredSessionEndsWithTheNextFrame(t *testing.T) {
-	const soon = 50 * time.Millisecond
+	const soon = 300 * time.Millisecond
 	for name := range shortSessions(soon) {
 		t.Run(name, func(t *testing.T) {
 			c := shortSessions(soon)[name]
@@ -579,7 +582,7 @@ func TestAnExpiredSessionEndsWithTheNextFrame(t *testing.T) {
 }
 
 func TestAnExpiredSessionMayStillBeRenewed(t *testing.T) {
-	const soon = 50 * time.Millisecond
+	const soon = 300 * time.Millisecond
 	for name := range shortSessions(soon) {
 		t.Run(name, func(t *testing.T) {
 			c := shortSessions(soon)[name]
@@ -601,7 +604,7 @@ func TestAnExpiredSessionMayStillBeRenewed(t *testing.T) {
 }
 
 func TestAnIdleConnectionEndsWithinASecondAfterItsSession(t *testing.T) {
-	const soon = 50 * time.Millisecond
+	const soon = 300 * time.Millisecond
 	for name := range shortSessions(soon) {
 		t.Run(name, func(t *testing.T) {
 			c := shortSessions(soon)[name]
@@ -623,11 +626,11 @@ func TestAnIdleConnectionEndsWithinASecondAfterItsSession(t *testing.T) {
 
 // What was asked in time: a broker whose session has ended still answers, and with a token its rights end.
 func TestWhatIsOwedWhenASessionEnds(t *testing.T) {
-	const soon = 50 * time.Millisecond
+	const soon = 300 * time.Millisecond
 	for name := range shortSessions(soon) {
 		t.Run(name, func(t *testing.T) {
 			c := shortSessions(soon)[name]
-			rig := newRig(t, strings.Replace(byLogin, "[Write]", "[Read, Write]", 1))
+			rig := newRig(t, strings.ReplaceAll(byLogin, "[Write]", "[Read, Write]"))
 			rig.shared.Tokens = c.tokens
 			rig.shared.CloseOnLoss = c.tokens == nil
 			client, broker, ended := rig.serveScripted(t)
@@ -635,7 +638,7 @@ func TestWhatIsOwedWhenASessionEnds(t *testing.T) {
 			req := fetchRequest(12, 0, -1, "orders")
 			client.write(requestFrame(3, req))
 			h, _ := broker.request()
-			<-time.After(2 * soon)
+			<-time.After(soon + soon/3)
 			broker.answer(h, fetchAnswer(12, "orders", batch([]byte("record"))))
 			resp := client.response(3, req).(*kmsg.FetchResponse)
 			if got := len(resp.Topics[0].Partitions[0].RecordBatches) > 0; got != (c.tokens == nil) {
@@ -692,6 +695,7 @@ func TestNoSecretStaysInMemoryOfOurs(t *testing.T) {
 		lacks          int // bytes at the end that do not come
 	}{
 		"a password":               {"PLAIN", "\x00alice\x00" + secret, true, 0},
+		"a password, sent anew":    {"PLAIN", "\x00alice\x00" + secret, true, 0},
 		"a token":                  {"OAUTHBEARER", bearerMessage(secret), true, 0},
 		"a malformed message":      {"PLAIN", "alice\x00" + secret, false, 0},
 		"a login that may not be":  {"PLAIN", "\x00bob\x00" + secret, false, 0},
@@ -709,6 +713,12 @@ func TestNoSecretStaysInMemoryOfOurs(t *testing.T) {
 			s := newSession(t.Context(), rig.shared, rig.conn(nil, nil))
 			s.queue = wire.NewQueue[pending](io.Discard, maxInFlight)
 			frame := requestFrame(1, authenticateRequest(c.msg))
+			if strings.HasSuffix(name, "anew") { // the length of the message in one byte more than it takes
+				at := bytes.Index(frame, []byte(c.msg))
+				frame = slices.Insert(frame, at, 0)
+				frame[at-1] |= 0x80
+				frame[wire.SizePrefix-1]++
+			}
 			broker := &answering{session: s}
 			in := bytes.NewReader(frame[:len(frame)-c.lacks])
 			s.up = wire.NewPipe(in, broker, rig.shared.Requests, nil, nil)
@@ -722,9 +732,11 @@ func TestNoSecretStaysInMemoryOfOurs(t *testing.T) {
 			if err := s.requests(); err == nil {
 				t.Error("the requests have no end")
 			}
-			s.up.Close()
 			if (len(broker.given) > 0) != c.sent {
 				t.Errorf("the broker got %d frames", len(broker.given))
+			}
+			if c.lacks > 0 {
+				s.up.Close() // as at the end of the connection
 			}
 			for _, b := range append(broker.given, read) {
 				if bytes.Contains(b, []byte(secret[:8])) {

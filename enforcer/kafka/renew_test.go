@@ -108,6 +108,25 @@ func TestTheNodesLoginIsRenewedBetweenTwoRequestsUnseen(t *testing.T) {
 	}
 }
 
+// Nothing of a renewal goes out to the client, and what is refused behind it is answered all the same.
+func TestWhatIsRefusedBehindARenewalIsAnswered(t *testing.T) {
+	rig := newRig(t, ordersOnly)
+	login := &ownLogin{token: []byte("\x00node\x00s3cret")}
+	login.due.Store(1)
+	rig.login = login
+	client, broker, ended := rig.serveScripted(t)
+	produce := produceRequest(9, -1, []byte("record"), "secret")
+	client.write(requestFrame(1, produce))
+	logsIn(t, broker, "\x00node\x00s3cret", 0)
+	resp := client.response(1, produce).(*kmsg.ProduceResponse)
+	if code := resp.Topics[0].Partitions[0].ErrorCode; code != kerr.TopicAuthorizationFailed.Code {
+		t.Errorf("the code is %d", code)
+	}
+	client.closeWrite()
+	broker.closeWrite()
+	logEnd(t, ended)
+}
+
 // Requests come in numbers while the login is due all the time; each is answered, in turn.
 func TestRenewalLosesAndReordersNothingUnderLoad(t *testing.T) {
 	rig := newRig(t, ordersOnly)

@@ -45,7 +45,6 @@ type session struct {
 	renewing atomic.Bool // a login that follows another is under way
 	mu       sync.Mutex  // guards making a binding, and what follows
 	holder   holder
-	changes  *audit.Trail
 	expiry   *time.Timer
 	over     bool
 
@@ -157,8 +156,8 @@ func Serve(ctx context.Context, shared *Shared, c Conn) error {
 }
 
 func newSession(ctx context.Context, shared *Shared, c Conn) *session {
-	s := &session{Shared: shared, conn: c, ctx: new(authz.Ctx), upTrail: c.Audit.Trail(c.Subject),
-		downTrail: c.Audit.Trail(c.Subject), changes: c.Audit.Trail(c.Subject)}
+	s := &session{Shared: shared, conn: c, ctx: new(authz.Ctx),
+		upTrail: c.Audit.Trail(c.Subject), downTrail: c.Audit.Trail(c.Subject)}
 	s.life, s.die = context.WithCancel(ctx)
 	_ = s.holder.missing(&s.conn.Subject.Identity) // it is taken up at once, as the present identity is
 	s.allowed = s.mayRead

@@ -122,12 +122,14 @@ func (u *Upstream) open(ctx context.Context, b *Broker, name string, who Identit
 	if err := u.identify(b, who); err != nil {
 		return err
 	}
+	shown := false
 	if u.tls != nil {
 		conn, err := u.tls.handshake(ctx, b.Conn, name, u.subject(who))
 		if err != nil {
 			return err
 		}
-		if b.Conn = conn; u.tls.Certificate == Workload && !conn.shown {
+		shown = conn.shown
+		if b.Conn = conn; u.tls.Certificate == Workload && !shown {
 			return fmt.Errorf("%w: the broker asks for no certificate, so it does not learn who the workload is "+
 				"(Kafka: ssl.client.auth=required)", ErrTLS)
 		}
@@ -136,7 +138,7 @@ func (u *Upstream) open(ctx context.Context, b *Broker, name string, who Identit
 		b.Login = &Login{mechanism: u.login.mechanism(who, u.tokens), broker: name}
 		return b.Login.Exchange(ctx, caller(b.Conn))
 	}
-	if u.tls == nil {
+	if !shown {
 		return nil
 	}
 	return hello(b.Conn)
@@ -165,8 +167,9 @@ func (u *Upstream) subject(who Identity) Identity {
 	return who
 }
 
-// hello is for brokers that the node does not log in at. In TLS 1.3 a client whose certificate is refused learns of it
-// with the first answer, which should not be one to a client.
+// hello is for brokers that were shown a certificate, and that the node does not log in at. In TLS 1.3 a client whose
+// certificate is refused learns of it with the first answer, which should not be one to a client. Where the client is to
+// log in, the broker would take no second ApiVersions before that (SaslServerAuthenticator).
 func hello(conn net.Conn) error {
 	req := kmsg.NewPtrApiVersionsRequest()
 	if _, err := caller(conn)(req); err != nil {

@@ -240,7 +240,7 @@ func (k *k8s) with(ctx context.Context, name, more string, run func(n *node)) er
 	}
 	n := &node{world: k.world, dir: k.file(name), binary: k.binary, metrics: metrics}
 	text := fmt.Sprintf(`node: {name: node1, cgroup: %q, pins: "", socket: ""}
-intercept: {ports: [%d, %d], firewall: false}
+intercept: {ports: [%d, %d], nri: /run/nri/nri.sock, firewall: false}
 policies: [policy.yaml]
 audit: {file: audit.jsonl}
 metrics: {listen: %q}

@@ -41,6 +41,7 @@ var suites = []suite{
 	{name: "tokens", run: tokens, mutation: "audience"},
 	{name: "tls", run: tlsClients, mutation: "impostor"},
 	{name: "credentials", run: credentials, mutation: "agreement"},
+	{name: "pods", run: podTokens},
 	{name: "kubernetes", run: kubernetesSuite, mutation: "pod"},
 }
 
@@ -72,7 +73,8 @@ func main() {
 
 // roles are what this program is when it is started by itself: a client, or the host next to a Kubernetes node.
 var roles = map[string]func(args []string) int{
-	"client": beClient, "load": beLoad, "svid": fetchSVID, "watch": beWatcher, "inside": beInside,
+	"client": beClient, "leaf": beLeaf, "load": beLoad, "svid": fetchSVID, "watch": beWatcher, "inside": beInside,
+	"podhost": bePods,
 }
 
 func verify(ctx context.Context, names []string) ([]result, error) {

@@ -30,7 +30,9 @@ type node struct {
 	dir     string // of klamm.yaml, policy.yaml, audit.jsonl and node.log
 	binary  string
 	metrics string
+	wrapped []string // the command that executes the daemon's; nil: none
 	cmd     *exec.Cmd
+	ended   chan struct{} // closed when cmd has
 }
 
 // newNode writes the configuration of a node on the world's clients: these sections, and for what they leave out one that
@@ -73,12 +75,23 @@ func (n *node) start(ctx context.Context) error {
 		return err
 	}
 	defer func() { _ = log.Close() }()
-	n.cmd = exec.Command(n.binary, "node", "-c", n.file("klamm.yaml"))
+	command := append(slices.Clone(n.wrapped), n.binary, "node", "-c", n.file("klamm.yaml"))
+	n.cmd = exec.Command(command[0], command[1:]...)
 	n.cmd.Stdout, n.cmd.Stderr = log, log
 	if err := (kafka.Place{}).Start(n.cmd); err != nil {
 		return fmt.Errorf("start the node: %w: run make build", err)
 	}
+	n.ended = make(chan struct{})
+	go func(ended chan<- struct{}) {
+		_ = n.cmd.Wait() // how it ended is in its log
+		close(ended)
+	}(n.ended)
 	err = until(ctx, "the node to be up", waitLimit, func() (bool, error) {
+		select {
+		case <-n.ended:
+			return false, fmt.Errorf("it has ended: %s", n.cmd.ProcessState)
+		default:
+		}
 		resp, err := http.Get("http://" + n.metrics + "/healthz")
 		if err != nil {
 			return false, nil // it does not listen yet
@@ -137,13 +150,24 @@ func anyLine(file string, words []string) (bool, error) {
 
 // stop ends the daemon.
 func (n *node) stop() error {
-	if n.cmd == nil || n.cmd.ProcessState != nil {
+	if n.ended == nil {
 		return nil
 	}
-	return errors.Join(n.cmd.Process.Signal(syscall.SIGTERM), n.cmd.Wait())
+	select {
+	case <-n.ended:
+	default:
+		if err := n.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+			return err
+		}
+	}
+	<-n.ended
+	if !n.cmd.ProcessState.Success() {
+		return errors.Join(fmt.Errorf("the node: %s", n.cmd.ProcessState), n.said())
+	}
+	return nil
 }
 
-// line is what the checks read of a line of the audit.
+// auditLine is what the checks read of a line of the audit.
 type auditLine struct {
 	Event, Verdict, Reason, Error, Cluster, Principal string
 	API, Topic                                        string

@@ -30,7 +30,7 @@ server {
     trust_domain = "DOMAIN"
     data_dir = "DIR/server"
     log_level = "INFO"
-    ca_ttl = "24h"
+    ca_ttl = "CA-TTL"
     default_x509_svid_ttl = "X509-TTL"
     default_jwt_svid_ttl = "JWT-TTL"
     ISSUER-LINE
@@ -50,7 +50,7 @@ plugins {
         plugin_data { keys_path = "DIR/server/keys.json" }
     }
 }
-`, "X509-TTL", s.opts.X509TTL.String(), "JWT-TTL", s.opts.JWTTTL.String(), "ISSUER-LINE", issuer,
+`, "CA-TTL", s.opts.CATTL.String(), "X509-TTL", s.opts.X509TTL.String(), "JWT-TTL", s.opts.JWTTTL.String(), "ISSUER-LINE", issuer,
 		"CACHE-INTERVAL", s.opts.CacheInterval.String())
 }
 

@@ -47,6 +47,7 @@ type Options struct {
 	// them; 0: a second, where SPIRE's defaults are 5 s each.
 	SyncInterval, CacheInterval time.Duration
 	X509TTL, JWTTTL             time.Duration // of entries without their own; 0: an hour, five minutes
+	CATTL                       time.Duration // of the server's root, whose next one signs from 5/6 of it on; 0: a day
 	JWTIssuer                   string        // the claim iss; empty: none, or the discovery provider's
 	// Discovery runs the OIDC discovery provider, with a certificate of Discovery's root.
 	Discovery bool
@@ -108,7 +109,7 @@ func New(ctx context.Context, opts Options) (*SPIRE, error) {
 		of *time.Duration
 		to time.Duration
 	}{{&s.opts.SyncInterval, time.Second}, {&s.opts.CacheInterval, time.Second}, {&s.opts.X509TTL, time.Hour},
-		{&s.opts.JWTTTL, 5 * time.Minute}} {
+		{&s.opts.JWTTTL, 5 * time.Minute}, {&s.opts.CATTL, 24 * time.Hour}} {
 		if *d.of == 0 {
 			*d.of = d.to
 		}

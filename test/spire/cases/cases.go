@@ -308,6 +308,34 @@ func rotation(ctx context.Context, e *Env) error {
 	return err
 }
 
+// Roots is for a real SPIRE whose root lives for RootTTL.
+var Roots = Case{"the root is replaced without a gap", func(ctx context.Context, e *Env) error {
+	_, a, err := e.serving(ctx)
+	if err != nil {
+		return err
+	}
+	attested, _, err := e.known(ctx, a, "rooted", spire.Entry{X509TTL: e.ShortTTL()})
+	if err != nil {
+		return err
+	}
+	issuers := map[string]bool{}
+	err = stays(ctx, RootTTL, func() error {
+		svid, err := attested.X509SVID()
+		if err != nil {
+			return err
+		}
+		issuers[string(svid.Certificates[0].AuthorityKeyId)] = true
+		return is(ctx, attested, e.ID("/rooted"), 0)
+	})
+	if err == nil && len(issuers) < 2 {
+		err = errors.New("it was not replaced")
+	}
+	return err
+}}
+
+// RootTTL is a short life of a root that SPIRE keeps up with.
+const RootTTL = 2 * time.Minute
+
 func expiry(ctx context.Context, e *Env) error {
 	s, a, err := e.serving(ctx)
 	if err != nil {

@@ -5,12 +5,14 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"net"
 	"os"
 	"slices"
 	"time"
 
+	"github.com/go-jose/go-jose/v4"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/exp/proto/spiffe/broker"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
@@ -107,6 +109,21 @@ func (w *workloadAPI) FetchJWTSVID(ctx context.Context, req *workload.JWTSVIDReq
 		answer.Svids = append(answer.Svids, &workload.JWTSVID{SpiffeId: e.ID, Svid: token, Hint: e.Hint})
 	})
 	return answer, err
+}
+
+// FetchJWTBundles is the Workload API's.
+func (w *workloadAPI) FetchJWTBundles(_ *workload.JWTBundlesRequest,
+	stream grpc.ServerStreamingServer[workload.JWTBundlesResponse]) error {
+	return w.follow(stream.Context(), caller(stream.Context()), func(entries []*entry) error {
+		if len(entries) == 0 {
+			return errNoIdentity
+		}
+		keys, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: w.key.Public(), KeyID: keyID}}})
+		if err != nil {
+			return err
+		}
+		return stream.Send(&workload.JWTBundlesResponse{Bundles: map[string][]byte{"spiffe://" + spire.TrustDomain: keys}})
+	})
 }
 
 // adminServer is the Delegated Identity API.

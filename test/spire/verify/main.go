@@ -4,13 +4,18 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
 	"os/signal"
 	"regexp"
+	"slices"
+	"sync/atomic"
 	"syscall"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"klamm/spiffe"
 	"klamm/test/spire"
@@ -34,59 +39,59 @@ func main() {
 	}
 }
 
-// intervals are how often a rig looks for changes.
-var intervals = []struct {
-	name  string
-	every time.Duration
-	cases []cases.Case
+// rigs are what the cases are run on.
+var rigs = []struct {
+	name    string
+	options spire.Options
+	cases   []cases.Case
 }{
-	{"quick", time.Second, cases.All},
-	{"SPIRE's defaults", 5 * time.Second, cases.Bounded},
+	{"quick", spire.Options{}, cases.All},
+	{"SPIRE's intervals", spire.Options{SyncInterval: 5 * time.Second, CacheInterval: 5 * time.Second}, cases.Bounded},
+	{"short-lived root", spire.Options{CATTL: cases.RootTTL}, []cases.Case{cases.Roots}},
 }
 
+// tally counts what all rigs together have passed and failed.
+type tally struct{ passed, failed atomic.Int32 }
+
+// verify runs each rig once for each API, all at a time: they mostly wait.
 func verify(ctx context.Context, only *regexp.Regexp) (passed, failed int, err error) {
-	for _, i := range intervals {
-		p, f, err := on(ctx, i.name, i.cases, spire.Options{SyncInterval: i.every, CacheInterval: i.every}, only)
-		passed, failed = passed+p, failed+f
-		if err != nil {
-			return passed, failed, err
+	var all tally
+	var running errgroup.Group
+	for _, r := range rigs {
+		for _, api := range spiffe.APIs {
+			running.Go(func() error {
+				return all.on(ctx, r.name, api, r.cases, r.options, only)
+			})
 		}
 	}
-	return passed, failed, nil
+	err = running.Wait()
+	return int(all.passed.Load()), int(all.failed.Load()), err
 }
 
-func on(ctx context.Context, name string, all []cases.Case, o spire.Options, only *regexp.Regexp) (
-	passed, failed int, err error) {
+func (t *tally) on(ctx context.Context, name, api string, all []cases.Case, o spire.Options, only *regexp.Regexp) (
+	err error) {
+	full := func(c cases.Case) string { return fmt.Sprintf("%s/%s/%s", name, api, c.Name) }
+	all = slices.DeleteFunc(slices.Clone(all), func(c cases.Case) bool { return !only.MatchString(full(c)) })
+	if len(all) == 0 {
+		return nil
+	}
 	rig, err := spire.New(ctx, o)
 	if err != nil {
-		return 0, 0, err
+		return err
 	}
-	defer func() {
-		if serr := rig.Stop(); serr != nil && err == nil {
-			err = serr
+	defer func() { err = errors.Join(err, rig.Stop()) }()
+	for _, c := range all {
+		begin := time.Now()
+		if cerr := c.On(ctx, rig, api); cerr != nil {
+			t.failed.Add(1)
+			fmt.Printf("FAIL %5.1fs  %s\n      %v\n%s\n", time.Since(begin).Seconds(), full(c), cerr, rig.Logs())
+		} else {
+			t.passed.Add(1)
+			fmt.Printf("ok   %5.1fs  %s\n", time.Since(begin).Seconds(), full(c))
 		}
-	}()
-	for _, api := range spiffe.APIs {
-		for _, c := range all {
-			full := fmt.Sprintf("%s/%s/%s", name, api, c.Name)
-			if !only.MatchString(full) {
-				continue
-			}
-			begin := time.Now()
-			if cerr := c.On(ctx, rig, api); cerr != nil {
-				failed++
-				fmt.Printf("FAIL %5.1fs  %s\n      %v\n", time.Since(begin).Seconds(), full, cerr)
-			} else {
-				passed++
-				fmt.Printf("ok   %5.1fs  %s\n", time.Since(begin).Seconds(), full)
-			}
-			if ctx.Err() != nil {
-				return passed, failed, ctx.Err()
-			}
+		if ctx.Err() != nil {
+			return ctx.Err()
 		}
 	}
-	if failed > 0 {
-		fmt.Fprintln(os.Stderr, rig.Logs())
-	}
-	return passed, failed, nil
+	return nil
 }
