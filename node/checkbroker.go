@@ -406,8 +406,8 @@ func subject(cluster string, who upstream.Identity, told map[string][]string) Fi
 	case err != nil:
 		return finding(check, mapsWrong, "", fmt.Errorf("brokers refuse %s: %w", svid.ID, err))
 	case oerr == nil && other == principal:
-		return finding(check, mapsWrong, "", fmt.Errorf("the rules make User:%s of %s, and of every other workload", principal,
-			svid.ID))
+		return finding(check, mapsWrong, "",
+			fmt.Errorf("the rules make User:%s of %s, and of every other workload", principal, svid.ID))
 	}
 	return finding(check, "", fmt.Sprintf("%s is User:%s", svid.ID, principal), nil)
 }
