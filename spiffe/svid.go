@@ -43,11 +43,11 @@ func (id *Identity) x509SVID() (*x509svid.SVID, error) {
 // and to its end where the agent cannot be reached. Errors are X509SVID's, ErrGone, ErrChanged, an *AgentError. It takes
 // no longer than ctx.
 func (h *Attested) JWTSVID(ctx context.Context, audience string) (token string, expires time.Time, err error) {
-	svid, err := h.X509SVID()
+	r := h.record.Load()
+	svid, err := r.current.Load().x509SVID()
 	if err != nil {
 		return "", time.Time{}, err
 	}
-	r := h.record.Load()
 	peer := r.subject.peer
 	if _, err = h.attestor.processes.check(peer); err != nil {
 		return "", time.Time{}, err
