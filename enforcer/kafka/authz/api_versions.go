@@ -15,13 +15,15 @@ func apiVersions(*Ctx, *kmsg.ApiVersionsRequest) Verdict {
 		for i := range resp.ApiKeys {
 			k := &resp.ApiKeys[i]
 			k.MaxVersion = min(k.MaxVersion, Table[k.ApiKey].Max)
-			// Brokers advertise Produce from 0, which they do not speak any more, because librdkafka takes a higher
-			// minimum for a broker that cannot compress (KAFKA-18659).
-			if k.ApiKey != int16(kmsg.Produce) {
+			if !slices.Contains(fromZero, kmsg.Key(k.ApiKey)) {
 				k.MinVersion = max(k.MinVersion, Table[k.ApiKey].Min)
 			}
 		}
 	})}
 }
+
+// fromZero keep the minimum of the broker, though what is below ours is refused: librdkafka concludes from version 0 that
+// a broker can compress (Produce, KAFKA-18659) and has SASL (SaslHandshake, rdkafka_feature.c). It sends later ones.
+var fromZero = []kmsg.Key{kmsg.Produce, kmsg.SASLHandshake}
 
 func inTable(key int16) bool { return key >= 0 && int(key) < len(Table) && Table[key].Decide != nil }
