@@ -15,9 +15,9 @@ func apiVersions(*Ctx, *kmsg.ApiVersionsRequest) Verdict {
 		for i := range resp.ApiKeys {
 			k := &resp.ApiKeys[i]
 			k.MaxVersion = min(k.MaxVersion, Table[k.ApiKey].Max)
-			// Brokers advertise Produce from 0, which they do not speak any more, because librdkafka takes a higher
-			// minimum for a broker that cannot compress (KAFKA-18659).
-			if k.ApiKey != int16(kmsg.Produce) {
+			// Of these librdkafka looks at the least version alone, and speaks another: without 0 it takes a broker for one
+			// that cannot compress (KAFKA-18659; brokers do not speak it any more), or at which nobody can log in.
+			if k.ApiKey != int16(kmsg.Produce) && k.ApiKey != int16(kmsg.SASLHandshake) {
 				k.MinVersion = max(k.MinVersion, Table[k.ApiKey].Min)
 			}
 		}
