@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -135,6 +136,7 @@ type saw struct {
 	Written, Read                           int64
 	Logins                                  int64 // tokens it was asked for
 	Errors                                  []string
+	key                                     []byte // of its records
 }
 
 func (w *world) startLoad(uid uint32, l load) (*host.Process, error) {
@@ -234,7 +236,7 @@ func (l *load) run() (*saw, error) {
 		_, _ = io.Copy(io.Discard, os.Stdin)
 		close(ended)
 	}()
-	s := &saw{}
+	s := &saw{key: fmt.Appendf(nil, "%d at %v", os.Getpid(), time.Now())}
 	s.produce(client, l, ended)
 	s.consume(client)
 	// What ends now is not on the node.
@@ -251,7 +253,7 @@ func (s *saw) produce(client *kgo.Client, l *load, ended <-chan struct{}) {
 			return
 		case <-time.After(pace):
 		}
-		record := &kgo.Record{Topic: l.Topic, Partition: l.Partition, Value: []byte(strconv.FormatInt(s.Written, 10))}
+		record := &kgo.Record{Topic: l.Topic, Partition: l.Partition, Key: s.key, Value: []byte(strconv.FormatInt(s.Written, 10))}
 		if err := client.ProduceSync(context.Background(), record).FirstErr(); err != nil {
 			s.fail(err)
 			return
@@ -271,7 +273,11 @@ func (s *saw) poll(client *kgo.Client, wait time.Duration) {
 			s.fail(err)
 		}
 	})
-	s.Read += int64(fetches.NumRecords())
+	fetches.EachRecord(func(r *kgo.Record) {
+		if bytes.Equal(r.Key, s.key) { // the topic has others'
+			s.Read++
+		}
+	})
 }
 
 func (s *saw) consume(client *kgo.Client) {
