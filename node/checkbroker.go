@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -302,10 +303,13 @@ func unsigned() string {
 func (b *brokerCheck) try(ctx context.Context, address string, secure, token bool) (harmless bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, strangerTimeout)
 	defer cancel()
-	var failed error // of the last dial, of which kgo keeps the text alone
+	var failed atomic.Pointer[error] // of the last dial, of which kgo keeps the text alone
 	dial := func(ctx context.Context, network, to string) (net.Conn, error) {
 		conn, err := b.dial(ctx, network, to)
-		if failed = err; err != nil || !secure {
+		if err != nil {
+			failed.Store(&err)
+		}
+		if err != nil || !secure {
 			return conn, err
 		}
 		return tls.Client(conn, &tls.Config{MinVersion: tls.VersionTLS12,
@@ -329,8 +333,8 @@ func (b *brokerCheck) try(ctx context.Context, address string, secure, token boo
 		resp, err := client.SeedBrokers()[0].Request(ctx, req)
 		answer, is := resp.(*kmsg.MetadataResponse)
 		switch {
-		case failed != nil:
-			return false, failed
+		case failed.Load() != nil:
+			return false, *failed.Load()
 		case ctx.Err() != nil:
 			return false, errNotKnown
 		case err != nil:
