@@ -249,8 +249,8 @@ func (c *clients) authorities() (authorities, error) {
 	return a, nil
 }
 
-// evidence is what a certificate says that was verified; nil where there is none. An SVID names a SPIFFE ID where its own
-// trust domain's bundle says so, whatever else it is signed by.
+// evidence is what a certificate says that was verified; nil where there is none. An SVID names a SPIFFE ID where its
+// own trust domain's bundle says so, whatever else it is signed by.
 func (c *clients) evidence(s tls.ConnectionState, roots authorities) (*spiffe.Evidence, error) {
 	if len(s.PeerCertificates) == 0 {
 		return nil, nil
