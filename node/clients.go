@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -24,6 +25,9 @@ import (
 	"klamm/node/secure"
 	"klamm/spiffe"
 )
+
+// partTimeout is how long a refused client may take to read the alert and end.
+const partTimeout = time.Second
 
 // clients are how a cluster meets those that speak TLS to its brokers.
 type clients struct {
@@ -156,10 +160,19 @@ func (d Destination) terminate(ctx context.Context, conn *net.TCPConn, o *openin
 	}
 	m.Conn = secure.Server(conn, o.read, conf)
 	if err := m.HandshakeContext(ctx); err != nil {
-		_ = m.Close()
+		partFrom(conn)
 		return nil, &refusal{handshakeReason(err), fmt.Errorf("TLS with the client: %w", err)}
 	}
 	return m, nil
+}
+
+// partFrom closes a connection whose client has been sent an alert. Clients of TLS 1.3 speak before they read it, and to
+// close a socket with bytes nobody read is a reset, also of what the client has not read yet (RFC 2525, section 2.17).
+func partFrom(conn *net.TCPConn) {
+	if conn.CloseWrite() == nil && conn.SetReadDeadline(time.Now().Add(partTimeout)) == nil {
+		_, _ = io.CopyN(io.Discard, conn, hello.MaxSize) // its end is all it waits for
+	}
+	_ = conn.Close()
 }
 
 // alert tells the client why, and closes.
@@ -236,8 +249,8 @@ func (c *clients) authorities() (authorities, error) {
 	return a, nil
 }
 
-// evidence is what a certificate says that was verified; nil where there is none. An SVID names a SPIFFE ID where its own
-// trust domain's bundle says so, whatever else it is signed by.
+// evidence is what a certificate says that was verified; nil where there is none. An SVID names a SPIFFE ID where its
+// own trust domain's bundle says so, whatever else it is signed by.
 func (c *clients) evidence(s tls.ConnectionState, roots authorities) (*spiffe.Evidence, error) {
 	if len(s.PeerCertificates) == 0 {
 		return nil, nil

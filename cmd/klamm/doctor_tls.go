@@ -57,8 +57,8 @@ func newDoctorTLSCommand() *cobra.Command {
 		Use:   "tls BROKER",
 		Short: "Tell which mode of TLS works for which client truststore, and why",
 		Long: `Look at the certificate of a broker (host:port), and tell for each truststore whether its clients trust the
-broker itself (passthrough) and a certificate for the broker's name by the issuer that is configured (terminate). Truststores
-are files in PEM, JKS or PKCS #12; without one, the roots of this host count, and with --pid those found where a process
+broker itself (passthrough) and a certificate for the broker's name by the issuer that is configured (terminate).
+Truststores are files in PEM, JKS or PKCS #12; without one, the roots of this host count, and with --pid those found where a process
 looks by default.
 
 Where a node runs on this host it may be in between: run the command in a cgroup that is exempt (intercept.exempt).
