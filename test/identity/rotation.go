@@ -47,8 +47,10 @@ func rotation(ctx context.Context, tell tell) {
 		load load
 		p    *host.Process
 	}{
-		{name: "the workload's X509-SVID is shown to the broker", load: load{client: client{Broker: p.cluster.TLSAddrs()[0]}}},
-		{name: "the node logs in with the workload's JWT-SVID", load: load{client: client{Broker: p.cluster.SASLTLSAddrs()[0]}}},
+		{name: "the workload's X509-SVID is shown to the broker",
+			load: load{client: client{Broker: p.cluster.TLSAddrs()[0]}}},
+		{name: "the node logs in with the workload's JWT-SVID",
+			load: load{client: client{Broker: p.cluster.SASLTLSAddrs()[0]}}},
 		{name: "the client logs in with its own JWT-SVID", load: load{client: client{Broker: p.cluster.SASLAddrs()[0]},
 			WorkloadAPI: p.spire.WorkloadAPI()}},
 	}
@@ -213,7 +215,8 @@ func (l *load) run() (*saw, error) {
 		return nil, err
 	}
 	count := &counter{}
-	opts = append(opts, kgo.WithHooks(count), kgo.RecordRetries(0), kgo.RequestRetries(0), kgo.ProducerLinger(0), kgo.ConnIdleTimeout(15*time.Minute),
+	opts = append(opts, kgo.WithHooks(count), kgo.RecordRetries(0), kgo.RequestRetries(0), kgo.ProducerLinger(0),
+		kgo.ConnIdleTimeout(15*time.Minute), // franz-go's most
 		kgo.RecordPartitioner(kgo.ManualPartitioner()), kgo.ConsumePartitions(map[string]map[int32]kgo.Offset{
 			l.Topic: {l.Partition: kgo.NewOffset().AtStart()}}))
 	if l.WorkloadAPI != "" {
@@ -253,7 +256,8 @@ func (s *saw) produce(client *kgo.Client, l *load, ended <-chan struct{}) {
 			return
 		case <-time.After(pace):
 		}
-		record := &kgo.Record{Topic: l.Topic, Partition: l.Partition, Key: s.key, Value: []byte(strconv.FormatInt(s.Written, 10))}
+		record := &kgo.Record{Topic: l.Topic, Partition: l.Partition, Key: s.key,
+			Value: strconv.AppendInt(nil, s.Written, 10)}
 		if err := client.ProduceSync(context.Background(), record).FirstErr(); err != nil {
 			s.fail(err)
 			return
@@ -281,7 +285,8 @@ func (s *saw) poll(client *kgo.Client, wait time.Duration) {
 }
 
 func (s *saw) consume(client *kgo.Client) {
-	for deadline := time.Now().Add(clientTimeout); s.Read < s.Written && len(s.Errors) == 0 && time.Now().Before(deadline); {
+	deadline := time.Now().Add(clientTimeout)
+	for s.Read < s.Written && len(s.Errors) == 0 && time.Now().Before(deadline) {
 		s.poll(client, time.Second)
 	}
 }

@@ -62,8 +62,8 @@ func (w *world) close() error {
 
 const topicPartitions = 3
 
-// startKafka starts brokers whose authorizer logs what it decides. The anonymous principal of the plaintext listener may
-// do everything, the others only what they are allowed.
+// startKafka starts brokers whose authorizer logs what it decides. The anonymous principal of the plaintext listener
+// may do everything, the others only what they are allowed.
 func (w *world) startKafka(ctx context.Context, opts kafka.Options) (*kafka.Cluster, error) {
 	opts.Authorizer, opts.Decisions = true, true
 	opts.SuperUsers = append(opts.SuperUsers, "User:ANONYMOUS")
