@@ -107,8 +107,10 @@ func (e *Enforcer) Passthrough(ctx context.Context, o Opaque) error {
 	if host, ok := o.Upstream.LocalAddr().(*net.TCPAddr); ok {
 		r.host.Host = host.AddrPort().Addr().Unmap()
 	}
-	defer o.Workload.Watch(r.look)()
-	defer context.AfterFunc(ctx, func() { r.end(errCut) })()
+	forget := o.Workload.Watch(r.look)
+	defer forget()
+	stop := context.AfterFunc(ctx, func() { r.end(errCut) })
+	defer stop()
 	decision, refused := r.judge()
 	if refused == nil {
 		if err := o.Hello.Agree(o.Names); err != nil {

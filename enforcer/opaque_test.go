@@ -405,7 +405,8 @@ func TestTLSIsUnbrokenByThePassage(t *testing.T) {
 		t.Fatal(err)
 	}
 	near, far := tcp(t)
-	secure := tls.Client(near, &tls.Config{RootCAs: root.Pool(), ServerName: "broker-1.example", MinVersion: tls.VersionTLS12})
+	secure := tls.Client(near, &tls.Config{RootCAs: root.Pool(), ServerName: "broker-1.example",
+		MinVersion: tls.VersionTLS12})
 	done := make(chan error, 1)
 	go func() { done <- secure.Handshake() }()
 	h, first, err := hello.Read(far)

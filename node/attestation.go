@@ -23,7 +23,8 @@ func sources() []source {
 	return []source{
 		{spiffe.SourceSPIRE, "spire", func(c *Config) bool { return c.SPIRE != nil },
 			func(n *Node, _ *spiffe.Processes) (spiffe.Source, error) { return n.spire, nil }},
-		{spiffe.SourceKubernetes, "kubernetes", func(c *Config) bool { return c.Kubernetes != nil }, (*Node).openKubernetes},
+		{spiffe.SourceKubernetes, "kubernetes", func(c *Config) bool { return c.Kubernetes != nil },
+			(*Node).openKubernetes},
 		{spiffe.SourceTokenFile, "token-file", func(c *Config) bool { return len(c.TokenFiles) > 0 },
 			(*Node).openTokenFiles},
 		{spiffe.SourceStatic, "identities", func(c *Config) bool { return len(c.Identities) > 0 },

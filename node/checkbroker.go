@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -48,10 +49,12 @@ type BrokerCheck struct {
 	PID     int32  // of the workload whose SVID is looked at; 0: the node's own
 }
 
-// CheckBrokers tells whether a cluster's brokers refuse who comes without the node, how they know a workload, and whether
-// the configured upstream works. The node that runs does it, else this process, which then must not be redirected.
+// CheckBrokers tells whether a cluster's brokers refuse who comes without the node, how they know a workload, and
+// whether the configured upstream works. The node that runs does it, else this process, which then must not be
+// redirected.
 func CheckBrokers(ctx context.Context, c Config, what BrokerCheck) ([]Finding, error) {
-	if what.Cluster != "" && !slices.ContainsFunc(c.Clusters, func(c ClusterConfig) bool { return c.Name == what.Cluster }) {
+	named := func(c ClusterConfig) bool { return c.Name == what.Cluster }
+	if what.Cluster != "" && !slices.ContainsFunc(c.Clusters, named) {
 		return nil, fmt.Errorf("there is no cluster %q in the configuration", what.Cluster)
 	}
 	var findings []Finding
@@ -171,10 +174,11 @@ func (b *brokerCheck) cluster(ctx context.Context, c ClusterConfig) (findings []
 		return append(findings, finding(fmt.Sprint("SVID of ", b.PID), "see the workload's entry in SPIRE", "", err))
 	}
 	findings = append(findings, b.upstream(ctx, c, brokers.Brokers, who)...)
-	if u := c.Upstream; u != nil && u.TLS != nil && u.TLS.Certificate == upstream.Workload && u.Login == nil && who != nil {
+	u := c.Upstream
+	if u != nil && u.TLS != nil && u.TLS.Certificate == upstream.Workload && u.Login == nil && who != nil {
 		findings = append(findings, subject(c.Name, who, told))
 	}
-	if u := c.Upstream; u != nil && u.Cleartext || u == nil && c.Credentials != nil && c.TLS == nil {
+	if u != nil && u.Cleartext || u == nil && c.Credentials != nil && c.TLS == nil {
 		findings = append(findings, Finding{Check: "login of " + c.Name, OK: true, Detail: "it goes in cleartext: who sees " +
 			"the network can log in with what he sees", Remedy: "let the brokers speak TLS, and give tls"})
 	}
@@ -227,8 +231,8 @@ func (b *brokerCheck) listeners(brokers []kmsg.MetadataResponseBroker, told map[
 	return slices.Compact(all)
 }
 
-// ways are those by which a stranger tries to use a listener. An unsigned token is taken by brokers on which OAUTHBEARER
-// is as Kafka has it by default (KIP-255).
+// ways are those by which a stranger tries to use a listener. An unsigned token is taken by brokers on which
+// OAUTHBEARER is as Kafka has it by default (KIP-255).
 var ways = []struct {
 	name     string
 	tls      bool
@@ -294,15 +298,18 @@ func unsigned() string {
 		encode(fmt.Appendf(nil, `{"sub":"klamm-doctor","iat":%d,"exp":%d}`, now, now+60)) + "."
 }
 
-// try asks a listener for metadata. Harmless tells that a stranger who is served sees no topic, and may not even be told
-// that there is none of some name: he has no right on any. He does not verify whom he talks to, and tells nothing.
+// try asks a listener for metadata. Harmless tells that a stranger who is served sees no topic, and may not even be
+// told that there is none of some name: he has no right on any. He does not verify whom he talks to, and tells nothing.
 func (b *brokerCheck) try(ctx context.Context, address string, secure, token bool) (harmless bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, strangerTimeout)
 	defer cancel()
-	var failed error // of the last dial, of which kgo keeps the text alone
+	var failed atomic.Pointer[error] // of the last dial, of which kgo keeps the text alone
 	dial := func(ctx context.Context, network, to string) (net.Conn, error) {
 		conn, err := b.dial(ctx, network, to)
-		if failed = err; err != nil || !secure {
+		if err != nil {
+			failed.Store(&err)
+		}
+		if err != nil || !secure {
 			return conn, err
 		}
 		return tls.Client(conn, &tls.Config{MinVersion: tls.VersionTLS12,
@@ -326,8 +333,8 @@ func (b *brokerCheck) try(ctx context.Context, address string, secure, token boo
 		resp, err := client.SeedBrokers()[0].Request(ctx, req)
 		answer, is := resp.(*kmsg.MetadataResponse)
 		switch {
-		case failed != nil:
-			return false, failed
+		case failed.Load() != nil:
+			return false, *failed.Load()
 		case ctx.Err() != nil:
 			return false, errNotKnown
 		case err != nil:
@@ -403,8 +410,8 @@ func subject(cluster string, who upstream.Identity, told map[string][]string) Fi
 	case err != nil:
 		return finding(check, mapsWrong, "", fmt.Errorf("brokers refuse %s: %w", svid.ID, err))
 	case oerr == nil && other == principal:
-		return finding(check, mapsWrong, "", fmt.Errorf("the rules make User:%s of %s, and of every other workload", principal,
-			svid.ID))
+		return finding(check, mapsWrong, "",
+			fmt.Errorf("the rules make User:%s of %s, and of every other workload", principal, svid.ID))
 	}
 	return finding(check, "", fmt.Sprintf("%s is User:%s", svid.ID, principal), nil)
 }

@@ -123,8 +123,8 @@ type met struct {
 	evidence *spiffe.Evidence // its certificate; nil: it has none
 }
 
-// terminate ends a client's TLS, as the broker that it connected to. It takes no longer than hello.Timeout. An error is a
-// *refusal; the client has heard an alert by then.
+// terminate ends a client's TLS, as the broker that it connected to. It takes no longer than hello.Timeout. An error is
+// a *refusal; the client has heard an alert by then.
 func (d Destination) terminate(ctx context.Context, conn *net.TCPConn, o *opening) (*met, error) {
 	names := d.Names()
 	if o.ServerName != "" && !names.Has(o.ServerName) {

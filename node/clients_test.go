@@ -24,7 +24,8 @@ import (
 )
 
 // letThrough lets TLS of orders pass unread, in addition to what the policy says of what can be read.
-const letThrough = stage.OrdersOnly + `connections: [{name: opaque, principals: ["` + stage.Orders + `"], passthrough: true}]
+const letThrough = stage.OrdersOnly + `connections:
+  - {name: opaque, principals: ["` + stage.Orders + `"], passthrough: true}
 `
 
 // tlsStage is a broker that speaks TLS alone, and what it takes to meet its clients.
@@ -84,7 +85,8 @@ func (s *tlsStage) confined(ttl string) string {
 	if err := ca.Write(c, s.file("intermediate"), s.file("intermediate-key")); err != nil {
 		s.t.Fatal(err)
 	}
-	return fmt.Sprintf("{intermediate: {cert: %s, key: %s, ttl: %s}}", s.file("intermediate"), s.file("intermediate-key"), ttl)
+	return fmt.Sprintf("{intermediate: {cert: %s, key: %s, ttl: %s}}", s.file("intermediate"),
+		s.file("intermediate-key"), ttl)
 }
 
 // written is the section issuer with a certificate in files.
@@ -206,7 +208,8 @@ func TestAClientThatDoesNotTrustTheIssuerIsToldOf(t *testing.T) {
 	if _, err := s.dial(n.Workload(stage.OrdersUID), s.trusts(s.brokers, "127.0.0.1")); err == nil {
 		t.Error("it trusts the node")
 	}
-	if l := n.AwaitRefusals(1, "tls_untrusted")[0]; l.SPIFFE != stage.Orders || !strings.Contains(l.Hint, "klamm doctor tls") {
+	l := n.AwaitRefusals(1, "tls_untrusted")[0]
+	if l.SPIFFE != stage.Orders || !strings.Contains(l.Hint, "klamm doctor tls") {
 		t.Errorf("the audit says %+v", l)
 	}
 }
@@ -238,8 +241,8 @@ func TestACertificateIsShownForTheBrokersNamesAlone(t *testing.T) {
 func TestAClientCertificateIsEvidence(t *testing.T) {
 	s := newTLSStage(t)
 	issuer := s.confined("1h")
-	n := s.start(stage.OrdersOnly, fmt.Sprintf("{tls: terminate, issuer: %s, client-certificates: {ca: [%s], required: true}}",
-		issuer, s.file("clients")))
+	n := s.start(stage.OrdersOnly, fmt.Sprintf("{tls: terminate, issuer: %s, client-certificates: {ca: [%s], "+
+		"required: true}}", issuer, s.file("clients")))
 	w := n.Workload(stage.OrdersUID)
 	shown := s.issue(s.clients, ca.Leaf{Subject: pkix.Name{CommonName: "orders", Organization: []string{"shop"}}})
 	conn, err := s.dial(w, s.trusts(s.cluster, "127.0.0.1", shown))
@@ -286,7 +289,8 @@ func TestAnImpostorOfABrokerIsRefused(t *testing.T) {
 	s := newTLSStage(t)
 	impostor := stage.StartBrokerAt(t, fmt.Sprintf("127.0.0.2:%d", s.Port()), kfake.TLS(s.serves(s.clients)))
 	n := stage.Start(t, s.Addr(), stage.OrdersOnly, stage.Config{"clusters": fmt.Sprintf(
-		"[{name: main, bootstrap: %s, cidrs: [127.0.0.2/32], upstream: {tls: {ca: %s}}, clients: {tls: terminate, issuer: %s}}]",
+		"[{name: main, bootstrap: %s, cidrs: [127.0.0.2/32], upstream: {tls: {ca: %s}}, "+
+			"clients: {tls: terminate, issuer: %s}}]",
 		s.bootstrap(), s.file("brokers"), s.confined("1h"))})
 	n.AwaitReady()
 	conn := tls.Client(n.Workload(stage.OrdersUID).Dial(t, impostor.Addr()), s.trusts(s.cluster, "127.0.0.2"))

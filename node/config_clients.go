@@ -301,9 +301,10 @@ func (c *ClientsConfig) paths() (paths []*string) {
 	return paths
 }
 
-// OpenIssuer makes the issuer that a configuration names. Agent is nil where there is no SPIRE agent. Close ends what it
-// does in the background.
-func OpenIssuer(c *LeafIssuerConfig, agent *spiffe.Agent, log zerolog.Logger) (i issuer.Issuer, done func() error, err error) {
+// OpenIssuer makes the issuer that a configuration names. Agent is nil where there is no SPIRE agent. Close ends what
+// it does in the background.
+func OpenIssuer(c *LeafIssuerConfig, agent *spiffe.Agent, log zerolog.Logger) (
+	i issuer.Issuer, done func() error, err error) {
 	done = func() error { return nil }
 	switch {
 	case c.Files != nil:

@@ -22,19 +22,22 @@ func TestEveryKeyOfTLSClientsIsRead(t *testing.T) {
       vault: {address: "https://vault.example:8200", namespace: streams, mount: team/pki, role: kafka, ttl: 12h, ca: /ca,
         token-file: /token}
     client-certificates: {ca: [/clients], required: true}`, ClientsConfig{TLS: TLSTerminate,
-			Names: []string{"kafka.internal"}, Issuer: &LeafIssuerConfig{Vault: &VaultConfig{Address: "https://vault.example:8200",
-				Namespace: "streams", Mount: "team/pki", Role: "kafka", TTL: 12 * time.Hour, CA: "/ca", TokenFile: "/token"}},
+			Names: []string{"kafka.internal"}, Issuer: &LeafIssuerConfig{Vault: &VaultConfig{
+				Address: "https://vault.example:8200", Namespace: "streams", Mount: "team/pki", Role: "kafka",
+				TTL: 12 * time.Hour, CA: "/ca", TokenFile: "/token"}},
 			ClientCertificates: &ClientCertificatesConfig{CA: []string{"/clients"}, Required: true}}},
 		"Vault with AppRole": {`terminate
     issuer: {vault: {address: "http://127.0.0.1:8200", role: kafka, app-role: {role-id: node, secret-id-file: /secret}}}`,
 			ClientsConfig{TLS: TLSTerminate, Issuer: &LeafIssuerConfig{Vault: &VaultConfig{Address: "http://127.0.0.1:8200",
-				Mount: "pki", Role: "kafka", AppRole: &AppRoleConfig{Mount: "approle", RoleID: "node", SecretIDFile: "/secret"}}}}},
+				Mount: "pki", Role: "kafka",
+				AppRole: &AppRoleConfig{Mount: "approle", RoleID: "node", SecretIDFile: "/secret"}}}}},
 		"Vault with a service account": {`terminate
     issuer: {vault: {address: "https://vault:8200", role: kafka, kubernetes: {role: node}}}`,
 			ClientsConfig{TLS: TLSTerminate, Issuer: &LeafIssuerConfig{Vault: &VaultConfig{Address: "https://vault:8200",
 				Mount: "pki", Role: "kafka", Kubernetes: &VaultKubernetesConfig{Mount: "kubernetes", Role: "node",
 					TokenFile: "/var/run/secrets/kubernetes.io/serviceaccount/token"}}}}},
-		"an intermediate": {"terminate\n    issuer: {intermediate: {cert: /c, key: /k, ttl: 1h}}", ClientsConfig{TLS: TLSTerminate,
+		"an intermediate": {"terminate\n    issuer: {intermediate: {cert: /c, key: /k, ttl: 1h}}", ClientsConfig{
+			TLS:    TLSTerminate,
 			Issuer: &LeafIssuerConfig{Intermediate: &IntermediateConfig{Cert: "/c", Key: "/k", TTL: time.Hour}}}},
 		"an intermediate's default": {"terminate\n    issuer: {intermediate: {cert: /c, key: /k}}", ClientsConfig{
 			TLS:    TLSTerminate,
@@ -43,9 +46,9 @@ func TestEveryKeyOfTLSClientsIsRead(t *testing.T) {
 			Issuer: &LeafIssuerConfig{Files: &KeyPairConfig{"/c", "/k"}}}},
 		"cert-manager": {"terminate\n    issuer: {cert-manager: {directory: /tls}}", ClientsConfig{TLS: TLSTerminate,
 			Issuer: &LeafIssuerConfig{CertManager: &CertManagerConfig{"/tls"}}}},
-		"SPIRE": {"terminate\n    issuer: {spire: {hint: kafka}}\n    client-certificates: {spire: true}" + spire, ClientsConfig{
-			TLS: TLSTerminate, Issuer: &LeafIssuerConfig{SPIRE: &SVIDConfig{"kafka"}},
-			ClientCertificates: &ClientCertificatesConfig{SPIRE: true}}},
+		"SPIRE": {"terminate\n    issuer: {spire: {hint: kafka}}\n    client-certificates: {spire: true}" + spire,
+			ClientsConfig{TLS: TLSTerminate, Issuer: &LeafIssuerConfig{SPIRE: &SVIDConfig{"kafka"}},
+				ClientCertificates: &ClientCertificatesConfig{SPIRE: true}}},
 	} {
 		got, err := load(t, head+c.text)
 		if err != nil {
@@ -74,6 +77,7 @@ func TestWhatIsWrongWithTLSClientsIsSaidWithLineAndColumn(t *testing.T) {
 	with := func(clients string) string {
 		return "clusters:\n- name: a\n  bootstrap: ['b.example:9093']\n  upstream: {tls: {}}\n  clients: {" + clients + "}"
 	}
+	const files = "tls: terminate, issuer: {files: {cert: c, key: k}}"
 	vault := func(more string) string {
 		return with("tls: terminate, issuer: {vault: {role: r, " + more + "}}")
 	}
@@ -99,10 +103,10 @@ func TestWhatIsWrongWithTLSClientsIsSaidWithLineAndColumn(t *testing.T) {
 			"give one way to log in"},
 		"a leaf that lives too long": {with("tls: terminate, issuer: {intermediate: {cert: c, key: k, ttl: 48h}}"),
 			"want a duration of up to 24h"},
-		"certificates of nobody": {with("tls: terminate, issuer: {files: {cert: c, key: k}}, client-certificates: {required: true}"),
+		"certificates of nobody": {with(files + ", client-certificates: {required: true}"),
 			"give ca, or spire: true"},
 		"no agent for an SVID": {with("tls: terminate, issuer: {spire: {}}"), "5:12: SVIDs take a SPIRE agent"},
-		"no agent for SVIDs of clients": {with("tls: terminate, issuer: {files: {cert: c, key: k}}, client-certificates: {spire: true}"),
+		"no agent for SVIDs of clients": {with(files + ", client-certificates: {spire: true}"),
 			"5:12: SVIDs take a SPIRE agent"},
 		"plaintext behind TLS": {"clusters: [{name: a, bootstrap: ['b.example:1'], clients: {tls: terminate, " +
 			"issuer: {files: {cert: c, key: k}}}}]", "what clients encrypt would go on to the brokers in plaintext"},
@@ -111,8 +115,8 @@ func TestWhatIsWrongWithTLSClientsIsSaidWithLineAndColumn(t *testing.T) {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
-	if _, err := load(t, "clusters: [{name: a, bootstrap: ['localhost:1', '127.0.0.1:2', '[::1]:3'], clients: {tls: terminate, "+
-		"issuer: {files: {cert: c, key: k}}}}]"); err != nil {
+	if _, err := load(t, "clusters: [{name: a, bootstrap: ['localhost:1', '127.0.0.1:2', '[::1]:3'], clients: {"+files+
+		"}}]"); err != nil {
 		t.Errorf("brokers on this host: %v", err)
 	}
 }

@@ -55,7 +55,8 @@ func TestWhatIsWrongWithIssuersAndTokensIsSaid(t *testing.T) {
 		"stale before refreshed": {of("refresh: 1h, max-stale: 1m"), "want at least refresh"},
 		"an empty audience":      {"oidc: [{issuer: 'https://i.test', audiences: ['']}]", "it is empty"},
 		"an issuer nobody uses":  {"oidc: [{issuer: 'https://i.test'}]", "2:8: nothing uses it"},
-		"an issuer twice": {"oidc:\n- {issuer: 'https://i.test', audiences: [a]}\n- {issuer: 'https://i.test', audiences: [b]}",
+		"an issuer twice": {"oidc:\n- {issuer: 'https://i.test', audiences: [a]}\n" +
+			"- {issuer: 'https://i.test', audiences: [b]}",
 			`4:3: a second issuer "https://i.test"`},
 		"a trust domain without SPIRE": {"oidc: [{trust-domain: a.test, audiences: [kafka]}]",
 			"the section spire is missing"},
@@ -69,7 +70,8 @@ func TestWhatIsWrongWithIssuersAndTokensIsSaid(t *testing.T) {
 			`3:22: "https://other.test" is no issuer of section oidc`},
 		"a relative token": {review("token-file: t") + "token-file: [{path: token, issuer: x, audience: a}]",
 			"want an absolute path"},
-		"the API server's audience": {"kubernetes: {audience: 'https://kubernetes.default.svc.cluster.local', review: {server: 'https://a', token-file: t}}",
+		"the API server's audience": {"kubernetes: {audience: 'https://kubernetes.default.svc.cluster.local', " +
+			"review: {server: 'https://a', token-file: t}}",
 			"2:24: that is the API server's own audience"},
 		"the issuer as audience": {issuer + "kubernetes: {audience: 'https://issuer.test', issuer: 'https://issuer.test'}",
 			"that is the API server's own audience"},

@@ -76,7 +76,8 @@ func socketPath(s string) (string, error) {
 		path = filepath.Clean(path) // unix:/a, unix:///a
 	}
 	if uri && !filepath.IsAbs(path) || strings.Contains(path, "://") || strings.ContainsAny(path, "?#%") {
-		return "", fmt.Errorf("%q is not the path of a unix socket, like /run/spire/agent.sock or unix:///run/spire/agent.sock", s)
+		return "", fmt.Errorf("%q is not the path of a unix socket, like /run/spire/agent.sock, "+
+			"or with unix:// in front", s)
 	}
 	return path, nil
 }

@@ -8,10 +8,11 @@ import (
 
 // State is what an attestor knows and has seen.
 type State struct {
-	Processes  int            `json:"processes"`  // known, each with what it executes
-	Lingering  int            `json:"lingering"`  // of them, without a connection
-	Identified map[string]int `json:"identified"` // processes by the source whose evidence gave their SPIFFE ID; "" for none
-	Evidence   map[string]int `json:"evidence"`   // processes by source that has evidence of them
+	Processes int `json:"processes"` // known, each with what it executes
+	Lingering int `json:"lingering"` // of them, without a connection
+	// Processes by the source whose evidence gave their SPIFFE ID, "" for none, and by source that has evidence of them.
+	Identified map[string]int `json:"identified"`
+	Evidence   map[string]int `json:"evidence"`
 
 	Changes   uint64 `json:"changes"`   // times that the evidence of a process changed, expiry included
 	Changed   uint64 `json:"changed"`   // processes that executed another program, or changed ids or cgroup

@@ -46,7 +46,8 @@ func (a *Agent) authorize(id spiffeid.ID, _ [][]*x509.Certificate) error {
 // reference names a process, with the header that tells the call from a forged one (server-side request forgery).
 func reference(ctx context.Context, pid int32) (context.Context, *broker.WorkloadReference, error) {
 	ref, err := anypb.New(&broker.WorkloadPIDReference{Pid: pid})
-	return metadata.AppendToOutgoingContext(ctx, "broker.spiffe.io", "true"), &broker.WorkloadReference{Reference: ref}, err
+	ctx = metadata.AppendToOutgoingContext(ctx, "broker.spiffe.io", "true")
+	return ctx, &broker.WorkloadReference{Reference: ref}, err
 }
 
 func (o *onBehalf) x509(ctx context.Context, pid int32, tell func([]rawSVID)) error {

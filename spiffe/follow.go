@@ -96,7 +96,7 @@ func (f *following) lookAgain(ctx context.Context, tell func(*Evidence, error)) 
 		f.proven = looked
 		f.take(token, e, err, tell)
 	}
-	return nil
+	return nil //nolint:nilerr // it was told
 }
 
 // look reads and verifies the token. last is the one before.

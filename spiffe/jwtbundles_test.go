@@ -35,7 +35,8 @@ func TestJWTBundlesAreTheAgentsLastWord(t *testing.T) {
 			t.Error(err)
 		}
 	}()
-	own, stranger := spiffeid.RequireTrustDomainFromString(spire.TrustDomain), spiffeid.RequireTrustDomainFromString("x.test")
+	own := spiffeid.RequireTrustDomainFromString(spire.TrustDomain)
+	stranger := spiffeid.RequireTrustDomainFromString("x.test")
 	await := func(what string, is func() bool) {
 		t.Helper()
 		for late := time.Now().Add(20 * time.Second); !is(); time.Sleep(5 * time.Millisecond) {

@@ -40,7 +40,8 @@ func (r Remote) ask(ctx context.Context, method, url string, body []byte) ([]byt
 	if err != nil {
 		return nil, fmt.Errorf("ask %s: %w", url, err)
 	}
-	request.Header.Set("Accept", "application/json, application/jwk-set+json") // Kubernetes wants its keys asked for by name
+	// Kubernetes gives its keys only to those who ask for a key set.
+	request.Header.Set("Accept", "application/json, application/jwk-set+json")
 	if body != nil {
 		request.Header.Set("Content-Type", "application/json")
 	}

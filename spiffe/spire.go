@@ -181,7 +181,8 @@ func (s *SPIRE) subscribe(ctx context.Context, pid int32, timeout time.Duration,
 }
 
 func (s *SPIRE) error(err error) error {
-	return agentError(map[string]string{APIBroker: brokerAPI, APIDelegated: adminAPI}[s.options.API], s.options.Socket, err)
+	api := map[string]string{APIBroker: brokerAPI, APIDelegated: adminAPI}[s.options.API]
+	return agentError(api, s.options.Socket, err)
 }
 
 // follower is what is known of one process.
@@ -333,7 +334,8 @@ func (f *follower) nothingYet(why error) {
 	f.say(nil, why)
 }
 
-// gone is the end of a watch whose process is not there any more. Before anything was said that is the connection's end.
+// gone is the end of a watch whose process is not there any more. Before anything was said that is the connection's
+// end.
 func (f *follower) gone(err error) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -43,11 +43,11 @@ func (id *Identity) x509SVID() (*x509svid.SVID, error) {
 // and to its end where the agent cannot be reached. Errors are X509SVID's, ErrGone, ErrChanged, an *AgentError. It takes
 // no longer than ctx.
 func (h *Attested) JWTSVID(ctx context.Context, audience string) (token string, expires time.Time, err error) {
-	svid, err := h.X509SVID()
+	r := h.record.Load()
+	svid, err := r.current.Load().x509SVID()
 	if err != nil {
 		return "", time.Time{}, err
 	}
-	r := h.record.Load()
 	peer := r.subject.peer
 	if _, err = h.attestor.processes.check(peer); err != nil {
 		return "", time.Time{}, err
@@ -85,16 +85,26 @@ func pickJWT(tokens []string, id spiffeid.ID, audience string) (jwtToken, error)
 			return jwtToken{}, fmt.Errorf("the agent's JWT-SVID for audience %q: %w", audience, err)
 		}
 		if svid.ID == id && time.Now().Before(svid.Expiry) {
-			return jwtToken{token, time.Now(), svid.Expiry}, nil
+			return jwtToken{token, issuedAt(svid), svid.Expiry}, nil
 		}
 	}
 	return jwtToken{}, fmt.Errorf("%w of %s for audience %q, though an X509-SVID", ErrNoSVID, id, audience)
 }
 
+// issuedAt is when a token's life began, now where it does not say. The agent gives out the same one for half of its
+// life as well.
+func issuedAt(svid *jwtsvid.SVID) time.Time {
+	now := time.Now()
+	if iat, ok := svid.Claims["iat"].(float64); ok && iat > 0 && iat < float64(now.Unix()) {
+		return time.Unix(int64(iat), 0)
+	}
+	return now
+}
+
 // jwtToken is a JWT-SVID.
 type jwtToken struct {
-	token            string
-	fetched, expires time.Time
+	token           string
+	issued, expires time.Time
 }
 
 type tokenKey struct {
@@ -127,7 +137,7 @@ func (t tokens) get(ctx context.Context, key tokenKey, fetch func() (jwtToken, e
 	}
 	now := time.Now()
 	old, ok := t.bounded.get(key)
-	if ok && now.Before(old.fetched.Add(old.expires.Sub(old.fetched)/2)) {
+	if ok && now.Before(old.issued.Add(old.expires.Sub(old.issued)/2)) {
 		return old, nil
 	}
 	got, err := fetch()

@@ -4,8 +4,10 @@ import (
 	"context"
 	"crypto/x509"
 	"errors"
+	"os"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -335,5 +337,76 @@ func TestPausesDoubleUpToTheirBoundAndAreSpread(t *testing.T) {
 	r.Reset()
 	if d := r.Next(); d > minRetry {
 		t.Errorf("after a success it is %v", d)
+	}
+}
+
+// agreeable is an agent that gives everybody the same, and during is what happens while it makes a token.
+type agreeable struct {
+	svid   rawSVID
+	token  string
+	during func()
+}
+
+func (a *agreeable) x509(ctx context.Context, _ int32, tell func([]rawSVID)) error {
+	tell([]rawSVID{a.svid})
+	<-ctx.Done()
+	return ctx.Err()
+}
+
+func (a *agreeable) jwt(context.Context, int32, string) ([]string, error) {
+	a.during()
+	return []string{a.token}, nil
+}
+
+func (a *agreeable) close() error { return nil }
+
+func TestAJWTSVIDIsOnlyForWhoIsProvenBeforeAndAfter(t *testing.T) {
+	root := authority(t, "root")
+	good := token(t, jwt.Claims{Subject: orders, Audience: jwt.Audience{"kafka"},
+		Expiry: jwt.NewNumericDate(time.Now().Add(time.Hour))})
+	var changed atomic.Bool
+	change := func() { changed.Store(true) }
+	for name, test := range map[string]struct {
+		kept           bool // one is there already
+		before, during func()
+		want           error
+	}{
+		"nothing changes":             {false, func() {}, func() {}, nil},
+		"it changed before":           {false, change, func() {}, ErrChanged},
+		"it changes while it is made": {false, func() {}, change, ErrChanged},
+		"one is kept":                 {true, func() {}, change, nil}, // none is made
+		"one is kept, it changed":     {true, change, func() {}, ErrChanged},
+	} {
+		t.Run(name, func(t *testing.T) {
+			changed.Store(false)
+			tasks := &procTasks{change: func(_ int32, f *TaskFacts) {
+				if changed.Load() {
+					f.ExecID++
+				}
+			}}
+			agent := &agreeable{issued(t, root, ca.Leaf{ID: orders}), good, func() {}}
+			s := trusting(t, root, SPIREOptions{})
+			s.processes, s.delegate = NewProcesses(tasks, "", nil), agent
+			s.streams, s.back, s.failures = make(chan struct{}, 1), make(chan struct{}), map[string]uint64{}
+			s.agent.changed = make(chan struct{})
+			// Without what follows processes, which would tell as well.
+			a := &Attestor{processes: s.processes, sources: []Source{s}}
+			r := &record{subject: subject{peer: peerOf(t, os.Getpid())}, tokens: newTokens()}
+			r.current.Store(&Identity{Evidence: []Evidence{{Source: SourceSPIRE, Expires: time.Now().Add(time.Hour),
+				svid: parsed(t, agent.svid)}}})
+			h := &Attested{attestor: a}
+			h.record.Store(r)
+			if test.kept {
+				if _, _, err := h.JWTSVID(t.Context(), "kafka"); err != nil {
+					t.Fatal(err)
+				}
+			}
+			test.before()
+			agent.during = test.during
+			got, _, err := h.JWTSVID(t.Context(), "kafka")
+			if !errors.Is(err, test.want) || (got == good) != (test.want == nil) {
+				t.Errorf("got %q, %v", got, err)
+			}
+		})
 	}
 }

@@ -56,8 +56,8 @@ func newDoctorTLSCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "tls BROKER",
 		Short: "Tell which mode of TLS works for which client truststore, and why",
-		Long: `Look at the certificate of a broker (host:port), and tell for each truststore whether its clients trust the broker
-itself (passthrough) and a certificate for the broker's name by the issuer that is configured (terminate). Truststores
+		Long: `Look at the certificate of a broker (host:port), and tell for each truststore whether its clients trust the
+broker itself (passthrough) and a certificate for the broker's name by the issuer that is configured (terminate). Truststores
 are files in PEM, JKS or PKCS #12; without one, the roots of this host count, and with --pid those found where a process
 looks by default.
 
@@ -68,9 +68,11 @@ Exit codes: 0 the configured mode works for each truststore (without -c: some mo
 		Args:    cobra.ExactArgs(1),
 	}
 	file := cmd.Flags().StringP("config", "c", "", "the configuration with the cluster's issuer")
-	cluster := cmd.Flags().String("cluster", "", "the cluster in it (default: the one that has the broker in bootstrap, or the only one)")
+	cluster := cmd.Flags().String("cluster", "",
+		"the cluster in it (default: the one that has the broker in bootstrap, or the only one)")
 	stores := cmd.Flags().StringArray("truststore", nil, "a client's truststore; may be given more than once")
-	pass := cmd.Flags().String("storepass-file", "", "a file with the password of the truststores (default: Java's, or none)")
+	pass := cmd.Flags().String("storepass-file", "",
+		"a file with the password of the truststores (default: Java's, or none)")
 	pid := cmd.Flags().Int("pid", 0, "look at the truststores of this process, as it sees them")
 	wait := cmd.Flags().Duration("wait", 10*time.Second, "how long broker and issuer may take to answer")
 	output := outputFlag(cmd)
@@ -134,8 +136,8 @@ func probeTLS(ctx context.Context, broker, file, cluster string) (*tlsReport, er
 	if c.Clients.Issuer == nil {
 		return r, nil
 	}
-	if r.leaf, err = node.ProbeLeaf(ctx, config, c, seen.Name); err != nil {
-		r.IssuerError = err.Error()
+	r.askIssuer(ctx, config, c, seen.Name)
+	if r.leaf == nil {
 		return r, nil
 	}
 	r.NodeIssuer = r.leaf[0].Issuer.String()
@@ -148,6 +150,16 @@ func probeTLS(ctx context.Context, broker, file, cluster string) (*tlsReport, er
 			"this command runs in an exempt cgroup")
 	}
 	return r, nil
+}
+
+// askIssuer has a certificate made for the broker's name.
+func (r *tlsReport) askIssuer(ctx context.Context, config node.Config, c node.ClusterConfig, name string) {
+	leaf, err := node.ProbeLeaf(ctx, config, c, name)
+	if err != nil {
+		r.IssuerError = err.Error()
+		return
+	}
+	r.leaf = leaf
 }
 
 func clusterOf(c node.Config, broker, name string) (node.ClusterConfig, error) {

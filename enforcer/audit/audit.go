@@ -13,6 +13,8 @@ import (
 	"klamm/spiffe"
 )
 
+func init() { zerolog.TimeFieldFormat = time.RFC3339Nano }
+
 // Log is where the lines of all connections end up.
 type Log struct {
 	mu   sync.Mutex
@@ -22,7 +24,6 @@ type Log struct {
 
 // New writes lines to w; node names this host in every line.
 func New(w io.Writer, node string) *Log {
-	zerolog.TimeFieldFormat = time.RFC3339Nano
 	return &Log{w: w, node: node}
 }
 

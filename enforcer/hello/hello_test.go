@@ -156,9 +156,10 @@ func TestAClientMustAskForTheBrokerItConnectedTo(t *testing.T) {
 		names Names
 		want  string
 	}{
-		"its name":                   {hello: Hello{ServerName: "broker-1.example"}, names: named},
-		"an alias":                   {hello: Hello{ServerName: "kafka.internal"}, names: named},
-		"another name":               {Hello{ServerName: "other.example"}, named, "asks for other.example, the broker is broker-1.example"},
+		"its name": {hello: Hello{ServerName: "broker-1.example"}, names: named},
+		"an alias": {hello: Hello{ServerName: "kafka.internal"}, names: named},
+		"another name": {Hello{ServerName: "other.example"}, named,
+			"asks for other.example, the broker is broker-1.example"},
 		"no name":                    {Hello{}, named, "asks for no name"},
 		"an encrypted name":          {Hello{ServerName: "broker-1.example", Encrypted: true}, named, "ECH"},
 		"no name, an address":        {hello: Hello{}, names: Names{Known: []string{"broker-1.example", "192.0.2.1"}}},

@@ -20,8 +20,8 @@ const (
 	renewSpread  = 0.1    // of its life, at random, so that not all nodes ask at once
 )
 
-// Cache keeps the leaves of an issuer that makes new ones, and renews in the background those that are in use. A leaf is
-// used until it expires where no newer one can be had. Safe for concurrent use.
+// Cache keeps the leaves of an issuer that makes new ones, and renews in the background those that are in use. A leaf
+// is used until it expires where no newer one can be had. Safe for concurrent use.
 type Cache struct {
 	from Issuer
 	log  zerolog.Logger

@@ -14,8 +14,8 @@ import (
 	"github.com/rs/zerolog"
 )
 
-// Files is a certificate in PEM files, which somebody else renews. They are read anew when they have changed. What is in
-// them is not used while it is wrong; what they held before is, until it expires.
+// Files is a certificate in PEM files, which somebody else renews. They are read anew when they have changed. What is
+// in them is not used while it is wrong; what they held before is, until it expires.
 type Files struct {
 	log zerolog.Logger
 	// paths finds the files each time; ca may be "".

@@ -39,8 +39,8 @@ type authority struct {
 	key   crypto.Signer
 }
 
-// NewIntermediate reads a CA's certificate with its chain, and its key; anew when they have changed. Its leaves live for
-// as long as life, 24 hours at most.
+// NewIntermediate reads a CA's certificate with its chain, and its key; anew when they have changed. Its leaves live
+// for as long as life, 24 hours at most.
 func NewIntermediate(cert, key string, life time.Duration) (*Intermediate, error) {
 	i := &Intermediate{cert: cert, key: key, life: life}
 	_, err := i.current()

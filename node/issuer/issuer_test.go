@@ -241,7 +241,8 @@ func TestAnSVIDIsShownWhereItHasTheBrokersNames(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantTrusted(t, c, ca, "broker-1.example")
-	if _, err := svid.Leaf(t.Context(), []string{"broker-2.example"}); err == nil || !strings.Contains(err.Error(), "-dns") {
+	if _, err := svid.Leaf(t.Context(), []string{"broker-2.example"}); err == nil ||
+		!strings.Contains(err.Error(), "-dns") {
 		t.Errorf("for another name: %v", err)
 	}
 	svid.Fetch = func() (*x509svid.SVID, error) { return nil, fmt.Errorf("the agent is gone") }

@@ -26,8 +26,8 @@ const (
 	tokenPart    = 2. / 3           // of its lease a token is used
 )
 
-// VaultOptions say which role of which PKI secrets engine signs, and how the node logs in. Exactly one way of logging in
-// is given.
+// VaultOptions say which role of which PKI secrets engine signs, and how the node logs in. Exactly one way of logging
+// in is given.
 type VaultOptions struct {
 	Address   string // https://host:port
 	Namespace string // of Vault Enterprise, OpenBao; empty: none
@@ -47,8 +47,8 @@ type VaultLogin struct {
 	Files, Values map[string]string
 }
 
-// Vault signs certificates by HashiCorp Vault's API, which OpenBao has too. The key is made here and never leaves memory:
-// what is sent is a request to sign (POST /v1/MOUNT/sign/ROLE).
+// Vault signs certificates by HashiCorp Vault's API, which OpenBao has too. The key is made here and never leaves
+// memory: what is sent is a request to sign (POST /v1/MOUNT/sign/ROLE).
 type Vault struct {
 	o VaultOptions
 
@@ -86,9 +86,7 @@ func (v *Vault) leaf(ctx context.Context, names []string) (*tls.Certificate, err
 	}
 	c := &tls.Certificate{PrivateKey: key, Certificate: certificates([]byte(signed.Certificate))}
 	for _, above := range append(signed.Chain, signed.Issuer) {
-		for _, der := range certificates([]byte(above)) {
-			c.Certificate = append(c.Certificate, der)
-		}
+		c.Certificate = append(c.Certificate, certificates([]byte(above))...)
 	}
 	if c.Certificate, err = ordered(c.Certificate); err != nil {
 		return nil, err

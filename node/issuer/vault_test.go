@@ -218,8 +218,9 @@ func TestWhatVaultRefusesIsSaidWithoutSecrets(t *testing.T) {
 			o.TokenFile, o.Login = "", &VaultLogin{Mount: "approle", Values: map[string]string{"role_id": "node"},
 				Files: map[string]string{"secret_id": v.secret("s", "hvs.other")}}
 		}, "auth method approle: it answers 400 invalid role or secret ID"},
-		"another engine":     {func(_ *vault, o *VaultOptions) { o.Mount = "other" }, "404 no handler for route"},
-		"a sealed Vault":     {func(v *vault, _ *VaultOptions) { v.hook = always(503, `{"errors":["Vault is sealed"]}`) }, "503 Vault is sealed"},
+		"another engine": {func(_ *vault, o *VaultOptions) { o.Mount = "other" }, "404 no handler for route"},
+		"a sealed Vault": {func(v *vault, _ *VaultOptions) { v.hook = always(503, `{"errors":["Vault is sealed"]}`) },
+			"503 Vault is sealed"},
 		"something else":     {func(v *vault, _ *VaultOptions) { v.hook = always(200, "<html>") }, "no JSON of Vault's"},
 		"no certificate":     {func(v *vault, _ *VaultOptions) { v.hook = always(200, "{}") }, "there is no certificate"},
 		"a redirect":         {func(v *vault, _ *VaultOptions) { v.hook = always(307, "") }, "it answers 307"},

@@ -63,7 +63,7 @@ func Read(r io.Reader, password string) (*Store, error) {
 		s.Certificates, err = tried(data, password, fromPKCS12)
 	default:
 		s.Kind = "PEM"
-		s.Certificates, err = fromPEM(data)
+		s.Certificates = fromPEM(data)
 	}
 	if err == nil && len(s.Certificates) == 0 {
 		err = errors.New("it holds no certificate that is trusted")
@@ -90,7 +90,7 @@ func tried(data []byte, password string, read func([]byte, string) ([]*x509.Cert
 	return nil, failed
 }
 
-func fromPEM(data []byte) (certs []*x509.Certificate, err error) {
+func fromPEM(data []byte) (certs []*x509.Certificate) {
 	for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) {
 		if block.Type != "CERTIFICATE" && block.Type != "TRUSTED CERTIFICATE" {
 			continue
@@ -101,7 +101,7 @@ func fromPEM(data []byte) (certs []*x509.Certificate, err error) {
 		}
 		certs = append(certs, c)
 	}
-	return certs, nil
+	return certs
 }
 
 // fromJKS reads the entries of certificates; those of keys are no trust.

@@ -113,7 +113,8 @@ func TestAProcessTellsWhereItsStoresAre(t *testing.T) {
 		}
 	}
 	file := filepath.Join(dir, "ca.pem")
-	if err := errors.Join(os.WriteFile(file, root(t).PEM(), 0o600), os.Symlink(file, filepath.Join(dir, "link.pem"))); err != nil {
+	if err := errors.Join(os.WriteFile(file, root(t).PEM(), 0o600),
+		os.Symlink(file, filepath.Join(dir, "link.pem"))); err != nil {
 		t.Fatal(err)
 	}
 	f, err := OpenOf(cmd.Process.Pid, filepath.Join(dir, "link.pem"))

@@ -168,8 +168,8 @@ func (u *Upstream) subject(who Identity) Identity {
 }
 
 // hello is for brokers that were shown a certificate, and that the node does not log in at. In TLS 1.3 a client whose
-// certificate is refused learns of it with the first answer, which should not be one to a client. Where the client is to
-// log in, the broker would take no second ApiVersions before that (SaslServerAuthenticator).
+// certificate is refused learns of it with the first answer, which should not be one to a client. Where the client is
+// to log in, the broker would take no second ApiVersions before that (SaslServerAuthenticator).
 func hello(conn net.Conn) error {
 	req := kmsg.NewPtrApiVersionsRequest()
 	if _, err := caller(conn)(req); err != nil {

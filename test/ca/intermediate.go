@@ -12,8 +12,8 @@ import (
 	"time"
 )
 
-// Intermediate makes a CA below this one that may sign for these domains and networks alone. Its certificate is that of a
-// CA, with its key.
+// Intermediate makes a CA below this one that may sign for these domains and networks alone. Its certificate is that of
+// a CA, with its key.
 func (a *Authority) Intermediate(name string, domains []string, networks ...*net.IPNet) (*tls.Certificate, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {

@@ -36,6 +36,7 @@ type tell func(name, measured string, err error)
 // suites are run in this order.
 var suites = []suite{
 	{name: "rotation", run: rotation, mutation: "renewal", beside: true},
+	{name: "source", run: source},
 	{name: "spire", run: spireSuite, mutation: "revocation"},
 	{name: "processes", run: processes, mutation: "exec"},
 	{name: "tokens", run: tokens, mutation: "audience"},

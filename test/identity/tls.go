@@ -149,9 +149,8 @@ func (w *tlsWorld) javaClient(c client, text string) []string {
 	java := "'" + strings.Join(kafka.JavaTool(w.file("java")), "' '") + "'"
 	common := " --bootstrap-server " + c.Broker + " --topic " + c.Topic + " --command-config " + file
 	return []string{"sh", "-c", "echo '" + text + "' | " + java + " " + kafka.ConsoleProducer + common +
-		" && timeout 40 " +
-		java + " " + kafka.ConsoleConsumer + common + " --from-beginning --timeout-ms 8000 --group orders-java" +
-		" | grep -m 1 -Fx '" + text + "'"}
+		" && timeout 40 " + java + " " + kafka.ConsoleConsumer + common +
+		" --from-beginning --timeout-ms 8000 --group orders-java | grep -m 1 -Fx '" + text + "'"}
 }
 
 func tlsClients(ctx context.Context, tell tell) {

@@ -1,5 +1,5 @@
-// Package podtoken checks, on a real Kubernetes node, whom the service account tokens of pods are taken for: in pods that
-// have one, in pods that have another's, in those that lead astray who reads it, and after a pod was deleted. The
+// Package podtoken checks, on a real Kubernetes node, whom the service account tokens of pods are taken for: in pods
+// that have one, in pods that have another's, in those that lead astray who reads it, and after a pod was deleted. The
 // kernel's facts about processes are read from /proc here; all else is the product's own.
 package podtoken
 
@@ -167,7 +167,8 @@ func (r *rig) start(ctx context.Context, p kubernetes.Pod) (pid uint32, err erro
 }
 
 // with attests the process of a pod in each way, while f runs, and removes the pod.
-func (r *rig) with(ctx context.Context, p kubernetes.Pod, f func(way string, pid uint32, a *spiffe.Attested) error) error {
+func (r *rig) with(ctx context.Context, p kubernetes.Pod,
+	f func(way string, pid uint32, a *spiffe.Attested) error) error {
 	pid, err := r.start(ctx, p)
 	if err != nil {
 		return err
@@ -312,12 +313,13 @@ func (t trick) reads(r *rig) func(context.Context) (string, error) {
 // until waits until evidence is there, or is not, and tells how long that took.
 func until(ctx context.Context, a *spiffe.Attested, there bool, limit time.Duration) (time.Duration, error) {
 	changed := make(chan struct{}, 1)
-	defer a.Watch(func() {
+	unwatch := a.Watch(func() {
 		select {
 		case changed <- struct{}{}:
 		default:
 		}
-	})()
+	})
+	defer unwatch()
 	began, late := time.Now(), time.After(limit)
 	for len(a.Identity().Evidence) > 0 != there {
 		select {

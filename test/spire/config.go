@@ -50,7 +50,8 @@ plugins {
         plugin_data { keys_path = "DIR/server/keys.json" }
     }
 }
-`, "CA-TTL", s.opts.CATTL.String(), "X509-TTL", s.opts.X509TTL.String(), "JWT-TTL", s.opts.JWTTTL.String(), "ISSUER-LINE", issuer,
+`, "CA-TTL", s.opts.CATTL.String(), "X509-TTL", s.opts.X509TTL.String(), "JWT-TTL", s.opts.JWTTTL.String(),
+		"ISSUER-LINE", issuer,
 		"CACHE-INTERVAL", s.opts.CacheInterval.String())
 }
 

@@ -15,13 +15,15 @@ func apiVersions(*Ctx, *kmsg.ApiVersionsRequest) Verdict {
 		for i := range resp.ApiKeys {
 			k := &resp.ApiKeys[i]
 			k.MaxVersion = min(k.MaxVersion, Table[k.ApiKey].Max)
-			// Of these librdkafka looks at the least version alone, and speaks another: without 0 it takes a broker for one
-			// that cannot compress (KAFKA-18659; brokers do not speak it any more), or at which nobody can log in.
-			if k.ApiKey != int16(kmsg.Produce) && k.ApiKey != int16(kmsg.SASLHandshake) {
+			if !slices.Contains(fromZero, kmsg.Key(k.ApiKey)) {
 				k.MinVersion = max(k.MinVersion, Table[k.ApiKey].Min)
 			}
 		}
 	})}
 }
+
+// fromZero keep the minimum of the broker, though what is below ours is refused: librdkafka concludes from version 0 that
+// a broker can compress (Produce, KAFKA-18659) and has SASL (SaslHandshake, rdkafka_feature.c). It sends later ones.
+var fromZero = []kmsg.Key{kmsg.Produce, kmsg.SASLHandshake}
 
 func inTable(key int16) bool { return key >= 0 && int(key) < len(Table) && Table[key].Decide != nil }

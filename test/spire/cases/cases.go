@@ -341,7 +341,7 @@ func expiry(ctx context.Context, e *Env) error {
 	if err != nil {
 		return err
 	}
-	attested, _, err := e.known(ctx, a, "expiring", spire.Entry{X509TTL: e.ShortTTL()})
+	attested, _, err := e.known(ctx, a, "expiring", spire.Entry{X509TTL: 2 * e.ShortTTL()})
 	if err != nil {
 		return err
 	}
@@ -775,7 +775,7 @@ func audiences(ctx context.Context, e *Env) error {
 	if err != nil {
 		return err
 	}
-	ttl := e.ShortTTL()
+	ttl := 2 * e.ShortTTL()
 	attested, _, err := e.known(ctx, a, "audiences", spire.Entry{JWTTTL: ttl})
 	if err != nil {
 		return err
@@ -821,7 +821,7 @@ func tokenWhileAway(ctx context.Context, e *Env) error {
 	if err != nil {
 		return err
 	}
-	ttl := e.ShortTTL()
+	ttl := 2 * e.ShortTTL()
 	attested, _, err := e.known(ctx, a, "away", spire.Entry{JWTTTL: ttl})
 	if err != nil {
 		return err

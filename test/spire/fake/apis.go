@@ -100,7 +100,8 @@ func (w *workloadAPI) FetchX509SVID(_ *workload.X509SVIDRequest,
 }
 
 // FetchJWTSVID is the Workload API's.
-func (w *workloadAPI) FetchJWTSVID(ctx context.Context, req *workload.JWTSVIDRequest) (*workload.JWTSVIDResponse, error) {
+func (w *workloadAPI) FetchJWTSVID(ctx context.Context, req *workload.JWTSVIDRequest) (
+	*workload.JWTSVIDResponse, error) {
 	if err := w.gate(ctx); err != nil {
 		return nil, err
 	}
