@@ -116,6 +116,7 @@ func credentials(ctx context.Context, tell tell) {
 		tell("SPIRE, Kafka and the node start", "", err)
 		return
 	}
+	tell = p.noting(tell)
 	defer func() { tell("it leaves nothing behind", "", p.close()) }()
 	runAll(ctx, tell, []check{
 		{"brokers see the principal of each workload's X509-SVID, not the node's", p.certificateShown},

@@ -20,6 +20,7 @@ func processes(ctx context.Context, tell tell) {
 		tell("SPIRE and Kafka start", "", err)
 		return
 	}
+	tell = a.noting(tell)
 	defer func() { tell("it leaves nothing behind", "", a.close()) }()
 	a.node, err = a.newNode(ctx, "processes", []int{kafka.PlaintextPort}, identified, sections{
 		"clusters": fmt.Sprintf("[{name: main, bootstrap: [%q]}]", a.cluster.Addrs()[0]),

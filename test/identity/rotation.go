@@ -13,12 +13,14 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"github.com/twmb/franz-go/pkg/kgo"
+	"github.com/twmb/franz-go/pkg/kmsg"
 	"github.com/twmb/franz-go/pkg/sasl/oauth"
 
 	"klamm/test/host"
@@ -41,6 +43,7 @@ func rotation(ctx context.Context, tell tell) {
 		tell("it starts", "", err)
 		return
 	}
+	tell = p.noting(tell)
 	defer func() { tell("it leaves nothing behind", "", p.close()) }()
 	loads := []struct {
 		name string
@@ -191,13 +194,20 @@ func beLoad(args []string) int {
 }
 
 // counter counts what a client does. It is a set of franz-go's hooks.
-type counter struct{ requests, failed, connects, disconnects, logins atomic.Int64 }
+type counter struct {
+	requests, failed, connects, disconnects, logins atomic.Int64
+
+	mu  sync.Mutex
+	why []string // of the first failures
+}
 
 // OnBrokerE2E implements kgo.HookBrokerE2E.
-func (c *counter) OnBrokerE2E(_ kgo.BrokerMetadata, _ int16, e2e kgo.BrokerE2E) {
+func (c *counter) OnBrokerE2E(_ kgo.BrokerMetadata, key int16, e2e kgo.BrokerE2E) {
 	c.requests.Add(1)
-	if e2e.Err() != nil {
-		c.failed.Add(1)
+	if err := e2e.Err(); err != nil && c.failed.Add(1) <= 10 {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.why = append(c.why, fmt.Sprintf("%s at %s: %v", kmsg.NameForKey(key), time.Now().Format(time.TimeOnly), err))
 	}
 }
 
@@ -245,6 +255,9 @@ func (l *load) run() (*saw, error) {
 	// What ends now is not on the node.
 	s.Requests, s.Failed, s.Connects, s.Disconnects, s.Logins = count.requests.Load(), count.failed.Load(),
 		count.connects.Load(), count.disconnects.Load(), count.logins.Load()
+	count.mu.Lock()
+	s.Errors = append(s.Errors, count.why...)
+	count.mu.Unlock()
 	client.Close()
 	return s, nil
 }

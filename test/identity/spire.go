@@ -176,6 +176,7 @@ func spireSuite(ctx context.Context, tell tell) {
 		tell("SPIRE and Kafka start", "", err)
 		return
 	}
+	tell = a.noting(tell)
 	defer func() { tell("it leaves nothing behind", "", a.close()) }()
 	for _, api := range []string{"broker", "delegated"} {
 		tell := func(name, measured string, err error) { tell(api+" API: "+name, measured, err) }

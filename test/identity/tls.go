@@ -159,6 +159,7 @@ func tlsClients(ctx context.Context, tell tell) {
 		tell("Kafka starts", "", err)
 		return
 	}
+	tell = w.noting(tell)
 	defer func() { tell("it leaves nothing behind", "", w.close()) }()
 	w.with(ctx, tell, "terminate", w.terminating(leafLife), func() (all []check) {
 		for _, f := range foreign {

@@ -49,6 +49,7 @@ func tokens(ctx context.Context, tell tell) {
 		tell("the issuer, Kafka and the node start", "", err)
 		return
 	}
+	tell = i.noting(tell)
 	defer func() { tell("it leaves nothing behind", "", i.close()) }()
 	checks := []check{{"a good token counts, and the audit says whose it is", i.goodCounts}}
 	for _, f := range i.forgeries() {

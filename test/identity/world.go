@@ -26,6 +26,18 @@ const (
 type world struct {
 	dir, cgroup string
 	closers     []func() error
+	failed      bool // a check has
+}
+
+// noting is tell, and notes failures: then the directory, with its logs, stays.
+func (w *world) noting(tell tell) tell {
+	return func(name, measured string, err error) {
+		if err != nil {
+			w.failed = true
+			err = fmt.Errorf("%w\nsee %s", err, w.dir)
+		}
+		tell(name, measured, err)
+	}
 }
 
 // newWorld makes a world of a name.
@@ -56,6 +68,9 @@ func (w *world) close() error {
 	}
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("see %s: %w", w.dir, err)
+	}
+	if w.failed {
+		return nil
 	}
 	return os.RemoveAll(w.dir)
 }
