@@ -11,7 +11,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 setup := scripts/setup
 objects := $(wildcard bpf/*_bpfel*)
 
-.PHONY: help build generate test lint demo verify-clients verify-kgo verify-interception verify-kernels verify-k8s bench clean
+.PHONY: help build generate test lint demo verify-clients verify-kgo verify-interception verify-kernels verify-k8s verify-identity bench clean
 
 help: ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 22
@@ -24,6 +24,8 @@ generate: ## the eBPF objects from their C sources
 	$(setup) go clang
 	go generate ./bpf
 
+# What takes neither SPIRE nor Kubernetes is in test: their APIs are fakes there, and pass the same cases as the real
+# ones in verify-identity.
 test: ## unit tests under the race detector, real kernel hooks, a lean pass over real Kafka; needs root
 	$(setup) go gcc kafka runc oidc-issuer
 	go vet ./...
@@ -54,6 +56,10 @@ verify-interception: build ## ways around, restarts and crashes, fail modes, pod
 verify-k8s: build ## pods of a real Kubernetes node and a real Kafka; needs root; builds Kubernetes the first time
 	$(setup) kafka kcat kubernetes
 	go run ./test/k8s
+
+verify-identity: build ## who is who: real SPIRE, OIDC issuer, Kubernetes node and Kafka; needs root
+	$(setup) spire kafka kcat node-clients python-clients oidc-issuer kubernetes
+	go run ./test/identity
 
 verify-kernels: ## other kernels booted in virtual machines, and the systemd unit in one of them; needs root
 	$(setup) go qemu kernels systemd-guest

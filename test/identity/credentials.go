@@ -39,7 +39,10 @@ const (
 	namelessID  = trustDomain + "nameless"
 )
 
-const connectionRules = identified + `  - {name: nameless, principals: ["` + namelessID + `"], allow: [{topic: orders, operations: [Read, Write, Describe]}]}
+const connectionRules = identified + `
+  - name: nameless
+    principals: ["` + namelessID + `"]
+    allow: [{topic: orders, operations: [Read, Write, Describe]}]
 connections:
   - {name: orders is alice, cluster: sasl, principals: ["` + ordersID + `"], sasl: ["User:alice"]}
   - {name: billing is bob, cluster: sasl, principals: ["` + billingID + `"], sasl: ["User:bob"]}
@@ -113,6 +116,7 @@ func credentials(ctx context.Context, tell tell) {
 		tell("SPIRE, Kafka and the node start", "", err)
 		return
 	}
+	tell = p.noting(tell)
 	defer func() { tell("it leaves nothing behind", "", p.close()) }()
 	runAll(ctx, tell, []check{
 		{"brokers see the principal of each workload's X509-SVID, not the node's", p.certificateShown},
@@ -132,7 +136,8 @@ func newProvingWorld(ctx context.Context) (p provingWorld, err error) {
 		OAuth:      &kafka.OAuth{Audience: svidAudience},
 		Users:      map[string]string{alice: fmt.Sprintf(secretOf, alice), bob: fmt.Sprintf(secretOf, bob)},
 		SuperUsers: []string{"User:klamm"},
-	}, named(ordersUID, ordersID, "orders.shop"), named(billingUID, billingID, "billing.shop"), user(namelessUID, namelessID))
+	}, named(ordersUID, ordersID, "orders.shop"), named(billingUID, billingID, "billing.shop"),
+		user(namelessUID, namelessID))
 	if err != nil {
 		return p, err
 	}
@@ -141,7 +146,8 @@ func newProvingWorld(ctx context.Context) (p provingWorld, err error) {
 			err = errors.Join(err, p.close())
 		}
 	}()
-	p.other, err = p.startKafka(ctx, kafka.Options{Users: map[string]string{heldUser: heldPassword}, SuperUsers: []string{"User:" + heldUser}})
+	p.other, err = p.startKafka(ctx, kafka.Options{Users: map[string]string{heldUser: heldPassword},
+		SuperUsers: []string{"User:" + heldUser}})
 	if err != nil {
 		return p, err
 	}
@@ -157,7 +163,8 @@ func newProvingWorld(ctx context.Context) (p provingWorld, err error) {
 	if err != nil {
 		return p, err
 	}
-	p.node, err = p.newNode(ctx, "credentials", []int{kafka.TLSPort, kafka.SASLTLSPort, kafka.SASLPort, kafka.PlaintextPort}, connectionRules, more)
+	ports := []int{kafka.TLSPort, kafka.SASLTLSPort, kafka.SASLPort, kafka.PlaintextPort}
+	p.node, err = p.newNode(ctx, "credentials", ports, connectionRules, more)
 	if err != nil {
 		return p, err
 	}
@@ -236,14 +243,15 @@ func (p provingWorld) nodeLogsIn(context.Context) (string, error) {
 
 func (p provingWorld) directRefused(context.Context) (string, error) {
 	for _, broker := range []string{p.held(), p.cluster.TLSAddrs()[0]} {
-		if err := runClientAt(kafka.Place{UID: ordersUID, GID: ordersUID}, client{Broker: broker, Topic: "orders"}); err == nil {
+		err := runClientAt(kafka.Place{UID: ordersUID, GID: ordersUID}, client{Broker: broker, Topic: "orders"})
+		if err == nil {
 			return "", fmt.Errorf("it wrote by %s", broker)
 		}
 	}
 	return "", nil
 }
 
-func (p provingWorld) agreement(ctx context.Context) (string, error) {
+func (p provingWorld) agreement(context.Context) (string, error) {
 	broker := p.cluster.SASLAddrs()[0]
 	for _, c := range []struct {
 		uid     uint32
@@ -282,13 +290,15 @@ func (p provingWorld) logsIn(uid uint32, c client) (bool, error) {
 
 // doctor runs klamm doctor broker for a cluster on behalf of a workload, and returns its findings: "ok CHECK WHERE" or
 // "FAIL CHECK WHERE".
-func (p provingWorld) doctor(ctx context.Context, cluster string, uid uint32) (findings []string, said string, err error) {
+func (p provingWorld) doctor(
+	ctx context.Context, cluster string, uid uint32,
+) (findings []string, said string, err error) {
 	w, err := p.startWorkload(uid)
 	if err != nil {
 		return nil, "", err
 	}
-	cmd := exec.CommandContext(ctx, p.node.binary, "doctor", "broker", "-c", p.node.file("klamm.yaml"), "--cluster", cluster,
-		"--pid", strconv.Itoa(w.pid()))
+	cmd := exec.CommandContext(ctx, p.node.binary, "doctor", "broker", "-c", p.node.file("klamm.yaml"),
+		"--cluster", cluster, "--pid", strconv.Itoa(w.pid()))
 	out, err := cmd.CombinedOutput()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && exit.ExitCode() == 1 {
@@ -315,7 +325,8 @@ func (p provingWorld) finds(ctx context.Context, cluster string, uid uint32, wan
 
 // sharedSubject: without a DNS name in its entry a workload's certificate has the subject of all others of that kind.
 func (p provingWorld) sharedSubject(ctx context.Context) (string, error) {
-	return "", errors.Join(p.finds(ctx, "mtls", ordersUID, "ok principal at"), p.finds(ctx, "mtls", namelessUID, "FAIL principal at"))
+	return "", errors.Join(p.finds(ctx, "mtls", ordersUID, "ok principal at"),
+		p.finds(ctx, "mtls", namelessUID, "FAIL principal at"))
 }
 
 // doctorBroker: the plaintext listener, which all brokers here have, serves anybody.

@@ -28,6 +28,8 @@ import (
 )
 
 const (
+	serviceAccounts = "/api/v1/namespaces/" + kubernetes.Namespace + "/serviceaccounts"
+
 	// watchImage has busybox and this program.
 	watchImage = "klamm.test/watch:1"
 	metrics    = kubernetes.NodeIP + ":9464"
@@ -40,8 +42,7 @@ func kubernetesSuite(ctx context.Context, tell tell) {
 	read, write := io.Pipe()
 	ended := make(chan error, 1)
 	go func() {
-		dir, err := kubernetes.Enter(ctx, func(dir string) ([]*kubernetes.Image, error) { return watchImages(ctx, dir) }, write,
-			"inside", "mutation="+mutation(ctx))
+		dir, err := kubernetes.Enter(ctx, watchImages(ctx), write, "inside", "mutation="+mutation(ctx))
 		if err != nil {
 			err = fmt.Errorf("%w: logs are in %s", err, dir)
 		}
@@ -69,17 +70,19 @@ func kubernetesSuite(ctx context.Context, tell tell) {
 // insideResult is a result as it comes from inside: one JSON object a line.
 type insideResult struct{ Name, Measured, Error string }
 
-func watchImages(ctx context.Context, dir string) ([]*kubernetes.Image, error) {
-	program := filepath.Join(dir, "identity")
-	if err := kubernetes.Build(ctx, "test/identity", program); err != nil {
-		return nil, err
+func watchImages(ctx context.Context) func(dir string) ([]*kubernetes.Image, error) {
+	return func(dir string) ([]*kubernetes.Image, error) {
+		program := filepath.Join(dir, "identity")
+		if err := kubernetes.Build(ctx, "test/identity", program); err != nil {
+			return nil, err
+		}
+		image, err := kubernetes.ShellImage(watchImage, "busybox")
+		if err != nil {
+			return nil, err
+		}
+		image.Files["bin/identity"] = program
+		return []*kubernetes.Image{image}, nil
 	}
-	image, err := kubernetes.ShellImage(watchImage, "busybox")
-	if err != nil {
-		return nil, err
-	}
-	image.Files["bin/identity"] = program
-	return []*kubernetes.Image{image}, nil
 }
 
 func beInside(args []string) int {
@@ -155,8 +158,9 @@ func newCluster(ctx context.Context, dir, cgroup string) (_ *k8s, err error) {
 	if err := errors.Join(k.grant(ctx), os.Mkdir(k.file("spire"), 0o755)); err != nil {
 		return nil, err
 	}
-	k.spire, err = spire.New(ctx, spire.Options{Dir: k.file("spire"), SyncInterval: syncInterval, CacheInterval: syncInterval,
-		NodeSelectors: []string{"unix:uid:0", "unix:path:" + k.binary}, AgentPlugins: fmt.Sprintf(attestor, dir)})
+	k.spire, err = spire.New(ctx, spire.Options{Dir: k.file("spire"), SyncInterval: syncInterval,
+		CacheInterval: syncInterval, NodeSelectors: []string{"unix:uid:0", "unix:path:" + k.binary},
+		AgentPlugins: fmt.Sprintf(attestor, dir)})
 	if err != nil {
 		return nil, err
 	}
@@ -194,14 +198,14 @@ func (k *k8s) close() error {
 // grant makes the accounts and what they may: SPIRE's agent asks the kubelet, klamm has tokens reviewed.
 func (k *k8s) grant(ctx context.Context) error {
 	err := errors.Join(k.node.Authority.Client("spire", "spire-agent", ""), k.node.Authority.Client("klamm", "klamm", ""))
+	const bindings = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings"
 	for _, made := range []struct{ path, yaml string }{
 		{"/apis/rbac.authorization.k8s.io/v1/clusterroles", `{apiVersion: rbac.authorization.k8s.io/v1, kind: ClusterRole,
   metadata: {name: spire-agent}, rules: [{apiGroups: [""], resources: [nodes/proxy], verbs: [get]}]}`},
-		{"/apis/rbac.authorization.k8s.io/v1/clusterrolebindings", binding("spire-agent", "spire-agent")},
-		{"/apis/rbac.authorization.k8s.io/v1/clusterrolebindings", binding("klamm", "system:auth-delegator")},
-		{"/apis/rbac.authorization.k8s.io/v1/clusterrolebindings", binding("klamm", "system:service-account-issuer-discovery")},
-		{"/api/v1/namespaces/" + kubernetes.Namespace + "/serviceaccounts", "{apiVersion: v1, kind: ServiceAccount, metadata: {name: orders}}"},
-		{"/api/v1/namespaces/" + kubernetes.Namespace + "/serviceaccounts", "{apiVersion: v1, kind: ServiceAccount, metadata: {name: billing}}"},
+		{bindings, binding("spire-agent", "spire-agent")},
+		{bindings, binding("klamm", "system:auth-delegator")},
+		{serviceAccounts, "{apiVersion: v1, kind: ServiceAccount, metadata: {name: orders}}"},
+		{serviceAccounts, "{apiVersion: v1, kind: ServiceAccount, metadata: {name: billing}}"},
 	} {
 		_, cerr := k.node.API.Call(ctx, http.MethodPost, made.path, made.yaml)
 		err = errors.Join(err, cerr)
@@ -216,7 +220,8 @@ func (k *k8s) grant(ctx context.Context) error {
 func binding(user, role string) string {
 	return fmt.Sprintf(`{apiVersion: rbac.authorization.k8s.io/v1, kind: ClusterRoleBinding, metadata: {name: %q},
   subjects: [{kind: User, name: %s, apiGroup: rbac.authorization.k8s.io}],
-  roleRef: {kind: ClusterRole, name: %q, apiGroup: rbac.authorization.k8s.io}}`, user+"-"+strings.ReplaceAll(role, ":", "-"), user, role)
+  roleRef: {kind: ClusterRole, name: %q, apiGroup: rbac.authorization.k8s.io}}`,
+		user+"-"+strings.ReplaceAll(role, ":", "-"), user, role)
 }
 
 // ofAccounts lets service accounts use their topics, by SPIFFE ID or by token.
@@ -224,8 +229,12 @@ const ofAccounts = `apiVersion: klamm/v1
 rules:
   - {name: orders, principals: ["` + ordersID + `"], allow: [{topic: orders, operations: [Read, Write, Describe]}]}
   - {name: billing, principals: ["` + billingID + `"], allow: [{topic: billing, operations: [Read, Write, Describe]}]}
-  - {name: orders by token, when: claims.sub == "system:serviceaccount:shop:orders", allow: [{topic: orders, operations: [Read, Write, Describe]}]}
-  - {name: billing by token, when: claims.sub == "system:serviceaccount:shop:billing", allow: [{topic: billing, operations: [Read, Write, Describe]}]}
+  - name: orders by token
+    when: claims.sub == "system:serviceaccount:shop:orders"
+    allow: [{topic: orders, operations: [Read, Write, Describe]}]
+  - name: billing by token
+    when: claims.sub == "system:serviceaccount:shop:billing"
+    allow: [{topic: billing, operations: [Read, Write, Describe]}]
 `
 
 // with runs klamm on the node with these sections while run runs.
@@ -283,15 +292,19 @@ const (
 )
 
 func (k *k8s) checks(ctx context.Context, tell tell) {
+	const own = "pods have the identities of their service accounts, and the audit says so"
 	for _, api := range []string{"broker", "delegated"} {
-		section := fmt.Sprintf("spire: {api: %s, socket: %q, workload-api: %q}\n", api, k.spire.Socket(api), k.spire.WorkloadAPI())
+		section := fmt.Sprintf("spire: {api: %s, socket: %q, workload-api: %q}\n", api, k.spire.Socket(api),
+			k.spire.WorkloadAPI())
 		err := k.with(ctx, api, plainCluster+mtlsCluster+section, func(n *node) {
 			tell := func(name, measured string, err error) { tell("SPIRE, "+api+" API: "+name, measured, err) }
 			runAll(ctx, tell, []check{
-				{"pods have the identities of their service accounts, and the audit says so", func(ctx context.Context) (string, error) {
+				{own, func(ctx context.Context) (string, error) {
 					return k.eachPodHasItsOwn(ctx, n, func(account string) string { return trustDomain + "ns/shop/sa/" + account })
 				}},
-				{"a pod of another service account has none", func(ctx context.Context) (string, error) { return "", k.noRights(ctx, "default") }},
+				{"a pod of another service account has none", func(ctx context.Context) (string, error) {
+					return "", k.noRights(ctx, "default")
+				}},
 				{"brokers see the principal of each pod's X509-SVID", k.podsAreShown},
 				{"a deleted pod's rights end", k.deletedPodEnds},
 			})
@@ -307,12 +320,14 @@ func (k *k8s) checks(ctx context.Context, tell tell) {
 		err := k.with(ctx, name, plainCluster+section, func(n *node) {
 			tell := func(what, measured string, err error) { tell("tokens, "+name+": "+what, measured, err) }
 			runAll(ctx, tell, []check{
-				{"pods have the identities of their service accounts, and the audit says so", func(ctx context.Context) (string, error) {
+				{own, func(ctx context.Context) (string, error) {
 					return k.eachPodHasItsOwn(ctx, n, func(string) string { return "" })
 				}},
 				{"a pod without a token has none", func(ctx context.Context) (string, error) { return "", k.withoutToken(ctx) }},
 				{"a token of another pod does not count", k.stolenToken},
-				{"a pod that was deleted, and still runs", func(ctx context.Context) (string, error) { return k.outlivesItsPod(ctx, name == "TokenReview") }},
+				{"a pod that was deleted, and still runs", func(ctx context.Context) (string, error) {
+					return k.outlivesItsPod(ctx, name == "TokenReview")
+				}},
 			})
 		})
 		if err != nil {
@@ -423,7 +438,9 @@ func (k *k8s) eachPodHasItsOwn(ctx context.Context, n *node, id func(account str
 		if err != nil {
 			return "", err
 		}
-		l, err := n.awaitAudit(ctx, p.Name, func(l auditLine) bool { return l.PodUID == s.Metadata.UID && l.Event == "operation" })
+		l, err := n.awaitAudit(ctx, p.Name, func(l auditLine) bool {
+			return l.PodUID == s.Metadata.UID && l.Event == "operation"
+		})
 		if err == nil && (l.SPIFFE != id(account) || !strings.Contains(l.text, account)) {
 			err = fmt.Errorf("the audit says %s", l.text)
 		}
@@ -536,9 +553,9 @@ func established(port int) (int, error) {
 
 // stolenToken: a pod of another service account shows the token of orders, which was copied into it, as its own.
 func (k *k8s) stolenToken(ctx context.Context) (string, error) {
-	request := `{apiVersion: authentication.k8s.io/v1, kind: TokenRequest, spec: {audiences: [klamm], expirationSeconds: 600}}`
-	answer, err := k.node.API.Call(ctx, http.MethodPost,
-		"/api/v1/namespaces/"+kubernetes.Namespace+"/serviceaccounts/orders/token", request)
+	request := `{apiVersion: authentication.k8s.io/v1, kind: TokenRequest,
+  spec: {audiences: [klamm], expirationSeconds: 600}}`
+	answer, err := k.node.API.Call(ctx, http.MethodPost, serviceAccounts+"/orders/token", request)
 	if err != nil {
 		return "", err
 	}
@@ -552,7 +569,8 @@ func (k *k8s) stolenToken(ctx context.Context) (string, error) {
 	}
 	p := watcher("billing", k.cluster.Addrs()[0])
 	p.Audience = ""
-	p.Command = "mkdir -p /var/run/secrets/klamm && echo " + token.Status.Token + " > " + kubernetes.TokenFile + " && " + p.Command
+	p.Command = fmt.Sprintf("mkdir -p %s && echo %s > %s && %s", filepath.Dir(kubernetes.TokenFile), token.Status.Token,
+		kubernetes.TokenFile, p.Command)
 	if _, err := k.startWatcher(ctx, p, noTopics); err != nil {
 		return "", err
 	}

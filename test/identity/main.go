@@ -1,11 +1,11 @@
-// Command identity checks who is really on the other end: with a real SPIRE server and agent, a real OIDC issuer, a real
-// Kubernetes node and a real Kafka. Workloads are unmodified clients; it judges at the broker's authorizer, at the
-// issuer, in the audit, and by what the clients get. It needs root, bin/klamm, and the root of the repository as working
-// directory: make verify-identity.
+// Command identity checks who is really on the other end: with a real SPIRE server and agent, a real OIDC issuer, a
+// real Kubernetes node and a real Kafka. Workloads are unmodified clients; it judges at the broker's authorizer, at the
+// issuer, in the audit, and by what the clients get. It needs root, bin/klamm, and the root of the repository as
+// working directory: make verify-identity.
 //
-// Arguments name the suites to run; without any all are. Environment: KLAMM_ROTATION is how long the suite rotation keeps
-// its load up (default 10m), beside which the others run. MUTATE=1 breaks one rule for each suite that has one, so that
-// the run must fail.
+// Arguments name the suites to run; without any all are. Environment: KLAMM_ROTATION is how long the suite rotation
+// keeps its load up (default 10m), beside which the others run. MUTATE=1 breaks one rule for each suite that has one,
+// so that the run must fail.
 package main
 
 import (
@@ -35,7 +35,8 @@ type tell func(name, measured string, err error)
 
 // suites are run in this order.
 var suites = []suite{
-	{name: "rotation", run: rotation, beside: true},
+	{name: "rotation", run: rotation, mutation: "renewal", beside: true},
+	{name: "source", run: source},
 	{name: "spire", run: spireSuite, mutation: "revocation"},
 	{name: "processes", run: processes, mutation: "exec"},
 	{name: "tokens", run: tokens, mutation: "audience"},

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -35,8 +34,8 @@ type node struct {
 	ended   chan struct{} // closed when cmd has
 }
 
-// newNode writes the configuration of a node on the world's clients: these sections, and for what they leave out one that
-// intercepts the ports. It ends with the world.
+// newNode writes the configuration of a node on the world's clients: these sections, and for what they leave out one
+// that intercepts the ports. It ends with the world.
 func (w *world) newNode(ctx context.Context, name string, ports []int, policy string, more sections) (*node, error) {
 	n := &node{world: w, dir: w.file(name)}
 	if err := os.Mkdir(n.dir, 0o755); err != nil {
@@ -51,7 +50,7 @@ func (w *world) newNode(ctx context.Context, name string, ports []int, policy st
 	}
 	all := sections{
 		"node":      fmt.Sprintf(`{name: %s, cgroup: %q, pins: "", socket: klamm.sock}`, name, w.clients()),
-		"intercept": fmt.Sprintf("{firewall: false, ports: [%s]}", strings.Trim(strings.Join(strings.Fields(fmt.Sprint(ports)), ", "), "[]")),
+		"intercept": fmt.Sprintf("{firewall: false, ports: %s}", strings.ReplaceAll(fmt.Sprint(ports), " ", ", ")),
 		"policies":  "[policy.yaml]",
 		"audit":     "{file: audit.jsonl}",
 		"metrics":   fmt.Sprintf("{listen: %q}", n.metrics),
@@ -226,12 +225,6 @@ func klammBinary(ctx context.Context) (string, error) {
 		return "", fmt.Errorf("break the rule %s: %w\n%s", rule, err, out)
 	}
 	return file, nil
-}
-
-// portOf is the port of host:port.
-func portOf(address string) string {
-	_, port, _ := net.SplitHostPort(address) // addresses here have one
-	return port
 }
 
 // klamm runs a command of the node's binary with its configuration and returns what it prints.

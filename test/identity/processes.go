@@ -12,14 +12,15 @@ import (
 	"klamm/test/kafka"
 )
 
-// processes checks what becomes of an attested connection when the process that made it is no longer who it was, or when
-// others hold it.
+// processes checks what becomes of an attested connection when the process that made it is no longer who it was, or
+// when others hold it.
 func processes(ctx context.Context, tell tell) {
 	a, err := newAttested(ctx, "processes", kafka.Options{}, user(ordersUID, ordersID), user(billingUID, billingID))
 	if err != nil {
 		tell("SPIRE and Kafka start", "", err)
 		return
 	}
+	tell = a.noting(tell)
 	defer func() { tell("it leaves nothing behind", "", a.close()) }()
 	a.node, err = a.newNode(ctx, "processes", []int{kafka.PlaintextPort}, identified, sections{
 		"clusters": fmt.Sprintf("[{name: main, bootstrap: [%q]}]", a.cluster.Addrs()[0]),
@@ -97,7 +98,7 @@ func (a *attested) forked() (p *workload, child int, err error) {
 	return p, int(pid), p.sees("orders")
 }
 
-func (a *attested) heirKeeps(ctx context.Context) (string, error) {
+func (a *attested) heirKeeps(context.Context) (string, error) {
 	p, _, err := a.forked()
 	if err != nil {
 		return "", err
@@ -207,8 +208,8 @@ func (a *attested) reusedPID(ctx context.Context) (string, error) {
 	return fmt.Sprintf("process id %d, in %d tries", used, tries), errors.Join(other.end(), p.end())
 }
 
-// startWithPID starts a workload until it has that process id: the kernel gives the next free one, and other processes of
-// this host may get in between.
+// startWithPID starts a workload until it has that process id: the kernel gives the next free one, and other processes
+// of this host may get in between.
 func (a *attested) startWithPID(ctx context.Context, uid uint32, pid int) (*workload, int, error) {
 	for tries := 1; ctx.Err() == nil && tries <= 1000; tries++ {
 		err := os.WriteFile("/proc/sys/kernel/ns_last_pid", []byte(strconv.Itoa(pid-1)), 0)

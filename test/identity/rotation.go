@@ -13,12 +13,14 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"github.com/twmb/franz-go/pkg/kgo"
+	"github.com/twmb/franz-go/pkg/kmsg"
 	"github.com/twmb/franz-go/pkg/sasl/oauth"
 
 	"klamm/test/host"
@@ -41,14 +43,17 @@ func rotation(ctx context.Context, tell tell) {
 		tell("it starts", "", err)
 		return
 	}
+	tell = p.noting(tell)
 	defer func() { tell("it leaves nothing behind", "", p.close()) }()
 	loads := []struct {
 		name string
 		load load
 		p    *host.Process
 	}{
-		{name: "the workload's X509-SVID is shown to the broker", load: load{client: client{Broker: p.cluster.TLSAddrs()[0]}}},
-		{name: "the node logs in with the workload's JWT-SVID", load: load{client: client{Broker: p.cluster.SASLTLSAddrs()[0]}}},
+		{name: "the workload's X509-SVID is shown to the broker",
+			load: load{client: client{Broker: p.cluster.TLSAddrs()[0]}}},
+		{name: "the node logs in with the workload's JWT-SVID",
+			load: load{client: client{Broker: p.cluster.SASLTLSAddrs()[0]}}},
 		{name: "the client logs in with its own JWT-SVID", load: load{client: client{Broker: p.cluster.SASLAddrs()[0]},
 			WorkloadAPI: p.spire.WorkloadAPI()}},
 	}
@@ -189,13 +194,20 @@ func beLoad(args []string) int {
 }
 
 // counter counts what a client does. It is a set of franz-go's hooks.
-type counter struct{ requests, failed, connects, disconnects, logins atomic.Int64 }
+type counter struct {
+	requests, failed, connects, disconnects, logins atomic.Int64
+
+	mu  sync.Mutex
+	why []string // of the first failures
+}
 
 // OnBrokerE2E implements kgo.HookBrokerE2E.
-func (c *counter) OnBrokerE2E(_ kgo.BrokerMetadata, _ int16, e2e kgo.BrokerE2E) {
+func (c *counter) OnBrokerE2E(_ kgo.BrokerMetadata, key int16, e2e kgo.BrokerE2E) {
 	c.requests.Add(1)
-	if e2e.Err() != nil {
-		c.failed.Add(1)
+	if err := e2e.Err(); err != nil && c.failed.Add(1) <= 10 {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.why = append(c.why, fmt.Sprintf("%s at %s: %v", kmsg.NameForKey(key), time.Now().Format(time.TimeOnly), err))
 	}
 }
 
@@ -213,7 +225,8 @@ func (l *load) run() (*saw, error) {
 		return nil, err
 	}
 	count := &counter{}
-	opts = append(opts, kgo.WithHooks(count), kgo.RecordRetries(0), kgo.RequestRetries(0), kgo.ProducerLinger(0), kgo.ConnIdleTimeout(15*time.Minute),
+	opts = append(opts, kgo.WithHooks(count), kgo.RecordRetries(0), kgo.RequestRetries(0), kgo.ProducerLinger(0),
+		kgo.ConnIdleTimeout(15*time.Minute), // franz-go's most
 		kgo.RecordPartitioner(kgo.ManualPartitioner()), kgo.ConsumePartitions(map[string]map[int32]kgo.Offset{
 			l.Topic: {l.Partition: kgo.NewOffset().AtStart()}}))
 	if l.WorkloadAPI != "" {
@@ -242,6 +255,9 @@ func (l *load) run() (*saw, error) {
 	// What ends now is not on the node.
 	s.Requests, s.Failed, s.Connects, s.Disconnects, s.Logins = count.requests.Load(), count.failed.Load(),
 		count.connects.Load(), count.disconnects.Load(), count.logins.Load()
+	count.mu.Lock()
+	s.Errors = append(s.Errors, count.why...)
+	count.mu.Unlock()
 	client.Close()
 	return s, nil
 }
@@ -253,7 +269,8 @@ func (s *saw) produce(client *kgo.Client, l *load, ended <-chan struct{}) {
 			return
 		case <-time.After(pace):
 		}
-		record := &kgo.Record{Topic: l.Topic, Partition: l.Partition, Key: s.key, Value: []byte(strconv.FormatInt(s.Written, 10))}
+		record := &kgo.Record{Topic: l.Topic, Partition: l.Partition, Key: s.key,
+			Value: strconv.AppendInt(nil, s.Written, 10)}
 		if err := client.ProduceSync(context.Background(), record).FirstErr(); err != nil {
 			s.fail(err)
 			return
@@ -281,7 +298,8 @@ func (s *saw) poll(client *kgo.Client, wait time.Duration) {
 }
 
 func (s *saw) consume(client *kgo.Client) {
-	for deadline := time.Now().Add(clientTimeout); s.Read < s.Written && len(s.Errors) == 0 && time.Now().Before(deadline); {
+	deadline := time.Now().Add(clientTimeout)
+	for s.Read < s.Written && len(s.Errors) == 0 && time.Now().Before(deadline) {
 		s.poll(client, time.Second)
 	}
 }

@@ -60,7 +60,9 @@ type attested struct {
 const syncInterval = 5 * time.Second
 
 // newAttested starts SPIRE with these entries, and brokers.
-func newAttested(ctx context.Context, name string, opts kafka.Options, entries ...spire.Entry) (_ *attested, err error) {
+func newAttested(
+	ctx context.Context, name string, opts kafka.Options, entries ...spire.Entry,
+) (_ *attested, err error) {
 	a := &attested{}
 	if a.world, err = newWorld(name); err != nil {
 		return nil, err
@@ -174,6 +176,7 @@ func spireSuite(ctx context.Context, tell tell) {
 		tell("SPIRE and Kafka start", "", err)
 		return
 	}
+	tell = a.noting(tell)
 	defer func() { tell("it leaves nothing behind", "", a.close()) }()
 	for _, api := range []string{"broker", "delegated"} {
 		tell := func(name, measured string, err error) { tell(api+" API: "+name, measured, err) }
@@ -283,7 +286,7 @@ func (a *attested) lateEntryCounts(ctx context.Context) (string, error) {
 func rightsEnd(ctx context.Context, p *workload, limit time.Duration) (time.Time, error) {
 	err := until(ctx, "the end of rights", limit, func() (bool, error) {
 		topics, err := p.topics()
-		return err != nil || len(topics) == 0, nil
+		return err != nil || len(topics) == 0, nil //nolint:nilerr // a closed connection has no rights
 	})
 	return time.Now(), err
 }

@@ -79,7 +79,8 @@ func (w *tlsWorld) ways() []wayTo {
 	cert := client{Certificate: w.file("billing.crt"), Key: w.file("billing.key")}
 	return []wayTo{
 		{"server name verified", "orders", kafka.TLSPort, client{}},
-		{"SASL", "orders", kafka.SASLTLSPort, client{Mechanism: "SCRAM-SHA-512", User: alice, Secret: fmt.Sprintf(secretOf, alice)}},
+		{"SASL", "orders", kafka.SASLTLSPort,
+			client{Mechanism: "SCRAM-SHA-512", User: alice, Secret: fmt.Sprintf(secretOf, alice)}},
 		{"client certificate", "billing", kafka.TLSPort, cert},
 	}
 }
@@ -115,7 +116,8 @@ func (w *tlsWorld) kcatClient(c client, text string) []string {
 	if c.User != "" {
 		c.Mechanism = "PLAIN" // SCRAM of distributions' older librdkafka is refused by Kafka 4 also without a node
 	}
-	args := "-b " + c.Broker + " -X ssl.ca.location=" + c.CA + " -X ssl.endpoint.identification.algorithm=https -t " + c.Topic
+	args := fmt.Sprintf("-b %s -t %s -X ssl.ca.location=%s -X ssl.endpoint.identification.algorithm=https", c.Broker,
+		c.Topic, c.CA)
 	switch {
 	case c.User != "":
 		args += fmt.Sprintf(" -X security.protocol=sasl_ssl -X sasl.mechanisms=%s -X sasl.username=%s -X sasl.password=%s",
@@ -145,9 +147,9 @@ func (w *tlsWorld) javaClient(c client, text string) []string {
 		return []string{"sh", "-c", "echo " + strconv.Quote(err.Error()) + "; exit 1"}
 	}
 	java := "'" + strings.Join(kafka.JavaTool(w.file("java")), "' '") + "'"
-	return []string{"sh", "-c", "echo '" + text + "' | " + java + " " + kafka.ConsoleProducer + " --bootstrap-server " + c.Broker +
-		" --topic " + c.Topic + " --command-config " + file + " && timeout 40 " + java + " " + kafka.ConsoleConsumer +
-		" --bootstrap-server " + c.Broker + " --topic " + c.Topic + " --command-config " + file +
+	common := " --bootstrap-server " + c.Broker + " --topic " + c.Topic + " --command-config " + file
+	return []string{"sh", "-c", "echo '" + text + "' | " + java + " " + kafka.ConsoleProducer + common +
+		" && timeout 40 " + java + " " + kafka.ConsoleConsumer + common +
 		" --from-beginning --timeout-ms 8000 --group orders-java | grep -m 1 -Fx '" + text + "'"}
 }
 
@@ -157,6 +159,7 @@ func tlsClients(ctx context.Context, tell tell) {
 		tell("Kafka starts", "", err)
 		return
 	}
+	tell = w.noting(tell)
 	defer func() { tell("it leaves nothing behind", "", w.close()) }()
 	w.with(ctx, tell, "terminate", w.terminating(leafLife), func() (all []check) {
 		for _, f := range foreign {
@@ -241,8 +244,8 @@ func (w *tlsWorld) findClients() error {
 	}
 	self, rerr := os.ReadFile("/proc/self/exe")
 	broker, _, serr := net.SplitHostPort(w.cluster.Addrs()[0])
-	hosts := fmt.Sprintf("127.0.0.1 localhost\n%s %s\n%s %s\n%s %s\n", broker, brokerName, beside(broker, 101), impostorName,
-		beside(broker, 102), otherName)
+	hosts := fmt.Sprintf("127.0.0.1 localhost\n%s %s\n%s %s\n%s %s\n", broker, brokerName, beside(broker, 101),
+		impostorName, beside(broker, 102), otherName)
 	return errors.Join(err, rerr, serr, os.WriteFile(w.file("identity"), self, 0o755),
 		os.WriteFile(w.file("hosts"), []byte(hosts), 0o644), os.WriteFile(w.file("tls_client.py"), pythonClient, 0o644),
 		os.WriteFile(w.file("tls_client.js"), nodeClient, 0o644))
@@ -329,8 +332,9 @@ func (w *tlsWorld) runIn(ctx context.Context, cgroup string, uid uint32, command
 
 // terminating is the section clients with a confined CA below that of the brokers.
 func (w *tlsWorld) terminating(life time.Duration) string {
-	return fmt.Sprintf("{tls: terminate, issuer: {intermediate: {cert: %q, key: %q, ttl: %s}}, client-certificates: {ca: [%q]}}",
-		w.file("intermediate.crt"), w.file("intermediate.key"), life, w.file("clients.pem"))
+	return fmt.Sprintf("{tls: terminate, issuer: {intermediate: {cert: %q, key: %q, ttl: %s}},"+
+		" client-certificates: {ca: [%q]}}", w.file("intermediate.crt"), w.file("intermediate.key"), life,
+		w.file("clients.pem"))
 }
 
 func (w *tlsWorld) startNode(ctx context.Context, mode, clients string) error {
@@ -342,7 +346,6 @@ func (w *tlsWorld) startNode(ctx context.Context, mode, clients string) error {
 	if err := errors.Join(perr, ca.Write(confined, w.file("intermediate.crt"), w.file("intermediate.key"))); err != nil {
 		return err
 	}
-	at := func(name string, port int) string { return net.JoinHostPort(name, strconv.Itoa(port)) }
 	w.node, err = w.newNode(ctx, mode, []int{kafka.TLSPort, kafka.SASLTLSPort}, byTLS, sections{
 		"identities": fmt.Sprintf("[{name: orders, spiffe-id: %q, uid: %d}]", ordersID, ordersUID),
 		"clusters": fmt.Sprintf(`
@@ -368,12 +371,14 @@ func (w *tlsWorld) startNode(ctx context.Context, mode, clients string) error {
 
 func (w *tlsWorld) client(way wayTo) client {
 	c := way.c
-	c.Broker, c.Topic, c.CA = net.JoinHostPort(brokerName, strconv.Itoa(way.port)), way.topic, w.file("trust.pem")
+	c.Broker, c.Topic, c.CA = at(brokerName, way.port), way.topic, w.file("trust.pem")
 	return c
 }
 
 // produceAndConsume: the client prints what it consumed, which is what it produced.
-func (w *tlsWorld) produceAndConsume(ctx context.Context, command func(*tlsWorld, client, string) []string, way wayTo) error {
+func (w *tlsWorld) produceAndConsume(
+	ctx context.Context, command func(*tlsWorld, client, string) []string, way wayTo,
+) error {
 	text := fmt.Sprintf("record %d", w.lines.Add(1))
 	out, err := w.run(ctx, ordersUID, command(w, w.client(way), text)...)
 	if err == nil && !strings.Contains(out, text) {
@@ -407,8 +412,7 @@ func (w *tlsWorld) audited(context.Context) (string, error) {
 
 // leaf is the certificate that a client is shown.
 func (w *tlsWorld) leaf(ctx context.Context) (serial string, err error) {
-	out, err := w.run(ctx, ordersUID, w.file("identity"), "leaf", net.JoinHostPort(brokerName, strconv.Itoa(kafka.TLSPort)),
-		w.file("trust.pem"))
+	out, err := w.run(ctx, ordersUID, w.file("identity"), "leaf", at(brokerName, kafka.TLSPort), w.file("trust.pem"))
 	return strings.TrimSpace(out), err
 }
 
@@ -472,7 +476,8 @@ type impostor struct {
 	received atomic.Int64 // bytes behind the handshake
 }
 
-// startImpostors starts one with a certificate of another CA, and one whose certificate is the cluster's for another name.
+// startImpostors starts one with a certificate of another CA, and one whose certificate is the cluster's for another
+// name.
 func (w *tlsWorld) startImpostors() error {
 	strange, err := ca.New("an impostor")
 	if err != nil {
@@ -491,7 +496,8 @@ func (w *tlsWorld) startImpostors() error {
 			return err
 		}
 		server := &impostor{at: net.JoinHostPort(beside(broker, 101+i), strconv.Itoa(kafka.TLSPort))}
-		l, err := tls.Listen("tcp", server.at, &tls.Config{Certificates: []tls.Certificate{*shown}, MinVersion: tls.VersionTLS12})
+		l, err := tls.Listen("tcp", server.at,
+			&tls.Config{Certificates: []tls.Certificate{*shown}, MinVersion: tls.VersionTLS12})
 		if err != nil {
 			return err
 		}
@@ -544,8 +550,8 @@ func (w *tlsWorld) impostor(n int) func(context.Context) (string, error) {
 
 func (w *tlsWorld) doctor(ctx context.Context) (string, error) {
 	for store, works := range map[string]bool{"trust.jks": true, "trust.pem": true, "strange.jks": false} {
-		out, err := w.runIn(ctx, "", 0, w.node.binary, "doctor", "tls", net.JoinHostPort(brokerName, strconv.Itoa(kafka.TLSPort)),
-			"-c", w.node.file("klamm.yaml"), "--cluster", "tls", "--truststore", w.file(store))
+		out, err := w.runIn(ctx, "", 0, w.node.binary, "doctor", "tls", at(brokerName, kafka.TLSPort), "-c",
+			w.node.file("klamm.yaml"), "--cluster", "tls", "--truststore", w.file(store))
 		if (err == nil) != works {
 			return "", fmt.Errorf("with %s: %w\n%s", store, errors.Join(err), out)
 		}
@@ -575,8 +581,8 @@ func (w *tlsWorld) notOpaque(ctx context.Context) (string, error) {
 }
 
 func (w *tlsWorld) wrongServerName(ctx context.Context) (string, error) {
-	at := net.JoinHostPort(brokerName, strconv.Itoa(kafka.TLSPort))
-	out, err := w.run(ctx, ordersUID, w.file("identity"), "leaf", at, w.file("trust.pem"), "evil.shop.test")
+	out, err := w.run(ctx, ordersUID, w.file("identity"), "leaf", at(brokerName, kafka.TLSPort), w.file("trust.pem"),
+		"evil.shop.test")
 	if err == nil || strings.Contains(out, "x509") {
 		return "", fmt.Errorf("a broker answers: %s", out)
 	}
@@ -604,6 +610,8 @@ func (w *tlsWorld) denied(ctx context.Context) (string, error) {
 	}
 	return strings.TrimSpace(lastLine(out)), err
 }
+
+func at(name string, port int) string { return net.JoinHostPort(name, strconv.Itoa(port)) }
 
 func lastLine(text string) string {
 	lines := strings.Split(strings.TrimSpace(text), "\n")

@@ -49,6 +49,7 @@ func tokens(ctx context.Context, tell tell) {
 		tell("the issuer, Kafka and the node start", "", err)
 		return
 	}
+	tell = i.noting(tell)
 	defer func() { tell("it leaves nothing behind", "", i.close()) }()
 	checks := []check{{"a good token counts, and the audit says whose it is", i.goodCounts}}
 	for _, f := range i.forgeries() {
@@ -85,7 +86,8 @@ func newIssued(ctx context.Context) (_ *issued, err error) {
 	}
 	i.onClose(i.issuer.Stop)
 	i.cluster, err = i.startKafka(ctx, kafka.Options{
-		OAuth:      &kafka.OAuth{KeySet: i.issuer.KeysURL(), Issuer: i.issuer.URL(), Audience: tokenAudience + ",somebody-else"},
+		OAuth: &kafka.OAuth{KeySet: i.issuer.KeysURL(), Issuer: i.issuer.URL(),
+			Audience: tokenAudience + ",somebody-else"},
 		SuperUsers: []string{"User:orders", "User:billing"},
 	})
 	if err != nil {
@@ -96,9 +98,10 @@ func newIssued(ctx context.Context) (_ *issued, err error) {
 		return nil, err
 	}
 	i.node, err = i.newNode(ctx, "tokens", []int{kafka.SASLPort}, byLogin, sections{
-		"clusters": fmt.Sprintf("[{name: main, bootstrap: [%q], credentials: {mechanism: PLAIN, username: %s, password-file: %q}}]",
-			i.broker(), kafka.Admin, password),
-		"oidc": fmt.Sprintf("[{issuer: %q, audiences: [%s], skew: 0s, required-claims: [team]}]", i.issuer.URL(), tokenAudience),
+		"clusters": fmt.Sprintf("[{name: main, bootstrap: [%q],"+
+			" credentials: {mechanism: PLAIN, username: %s, password-file: %q}}]", i.broker(), kafka.Admin, password),
+		"oidc": fmt.Sprintf("[{issuer: %q, audiences: [%s], skew: 0s, required-claims: [team]}]", i.issuer.URL(),
+			tokenAudience),
 	})
 	if err != nil {
 		return nil, err
@@ -124,7 +127,8 @@ func (p *workload) authenticate(mechanism string, message []byte) error {
 	if err != nil {
 		return err
 	}
-	if err := kerr.ErrorForCode(resp.(*kmsg.SASLHandshakeResponse).ErrorCode); err != nil { //nolint:forcetypeassert // its kind
+	offered := resp.(*kmsg.SASLHandshakeResponse) //nolint:forcetypeassert // its kind
+	if err := kerr.ErrorForCode(offered.ErrorCode); err != nil {
 		return err
 	}
 	authenticate := kmsg.NewPtrSASLAuthenticateRequest()
@@ -290,7 +294,8 @@ func (i *issued) brokerIsLenient(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return "", runClientAt(kafka.Place{}, client{Broker: i.broker(), Topic: "orders", Mechanism: "OAUTHBEARER", Secret: token})
+	return "", runClientAt(kafka.Place{},
+		client{Broker: i.broker(), Topic: "orders", Mechanism: "OAUTHBEARER", Secret: token})
 }
 
 // unverified tokens are the broker's business, and nothing that a rule could name.
@@ -449,5 +454,5 @@ func (i *issued) storm(ctx context.Context) (string, error) {
 		err = fmt.Errorf("%d fetches of the key set, more than %d", fetches, allowed)
 	}
 	return fmt.Sprintf("%d logins in %.1f s, %d fetches", workers*each, took.Seconds(), fetches),
-		errors.Join(append(failures, err)...)
+		errors.Join(errors.Join(failures...), err)
 }

@@ -26,6 +26,18 @@ const (
 type world struct {
 	dir, cgroup string
 	closers     []func() error
+	failed      bool // a check has
+}
+
+// noting is tell, and notes failures: then the directory, with its logs, stays.
+func (w *world) noting(tell tell) tell {
+	return func(name, measured string, err error) {
+		if err != nil {
+			w.failed = true
+			err = fmt.Errorf("%w\nsee %s", err, w.dir)
+		}
+		tell(name, measured, err)
+	}
 }
 
 // newWorld makes a world of a name.
@@ -57,13 +69,16 @@ func (w *world) close() error {
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("see %s: %w", w.dir, err)
 	}
+	if w.failed {
+		return nil
+	}
 	return os.RemoveAll(w.dir)
 }
 
 const topicPartitions = 3
 
-// startKafka starts brokers whose authorizer logs what it decides. The anonymous principal of the plaintext listener may
-// do everything, the others only what they are allowed.
+// startKafka starts brokers whose authorizer logs what it decides. The anonymous principal of the plaintext listener
+// may do everything, the others only what they are allowed.
 func (w *world) startKafka(ctx context.Context, opts kafka.Options) (*kafka.Cluster, error) {
 	opts.Authorizer, opts.Decisions = true, true
 	opts.SuperUsers = append(opts.SuperUsers, "User:ANONYMOUS")
