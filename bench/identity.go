@@ -242,11 +242,13 @@ func identitySentences(all []identity) string {
 	var b strings.Builder
 	for _, id := range all {
 		if id.Source == "" {
-			fmt.Fprintf(&b, "\nFrom connect(2) to the answer of the first request it takes %.0f µs by the bare relay, and %.0f µs "+
+			fmt.Fprintf(&b, "\nFrom connect(2) to the answer of the first request it takes %.0f µs by the bare relay, and "+
+				"%.0f µs "+
 				"for the first connection of a process.", id.FirstAnswer.Cached, id.FirstAnswer.Cold)
 			continue
 		}
-		fmt.Fprintf(&b, " By klamm with %s it takes %.0f µs and %.0f µs, of which to tell who connects takes %.0f µs and %.0f µs.",
+		fmt.Fprintf(&b, " By klamm with %s it takes %.0f µs and %.0f µs, of which to tell who connects takes %.0f µs "+
+			"and %.0f µs.",
 			id.Source, id.FirstAnswer.Cached, id.FirstAnswer.Cold, id.Attestation.Cached, id.Attestation.Cold)
 	}
 	return b.String() + "\n"

@@ -64,8 +64,8 @@ func held(memory int64) int64 { return memory / 8 * 3 }
 // MinMemory is the least memory with which a request of maxFrame bytes fits.
 func MinMemory(maxFrame int64) int64 { return (wire.HeldSize(int(maxFrame)) + 2) / 3 * 8 }
 
-// SetPolicy replaces the policy; every connection decides by it from its next frame on, and opaque ones that it does not
-// allow any more are closed.
+// SetPolicy replaces the policy; every connection decides by it from its next frame on, and opaque ones that it does
+// not allow any more are closed.
 func (e *Enforcer) SetPolicy(p *policy.Policy) {
 	e.policy.Store(p)
 	e.relays.look()

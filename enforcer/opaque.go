@@ -31,8 +31,8 @@ const (
 	quietFor = 200 * time.Millisecond
 )
 
-// Opaque is a connection of a client that speaks TLS to the broker. Only its ClientHello is read: what is said inside is
-// not decided on, and not on record.
+// Opaque is a connection of a client that speaks TLS to the broker. Only its ClientHello is read: what is said inside
+// is not decided on, and not on record.
 type Opaque struct {
 	Client
 	Downstream, Upstream *net.TCPConn
@@ -247,8 +247,8 @@ func (r *relay) ends(to int) (src, dst *net.TCPConn) {
 	return r.Upstream, r.Downstream
 }
 
-// pump carries one direction to its end. An end in order is passed on; anything else ends both directions, with a reset,
-// as the one side would see it of the other.
+// pump carries one direction to its end. An end in order is passed on; anything else ends both directions, with a
+// reset, as the one side would see it of the other.
 func (r *relay) pump(to int) error {
 	src, dst := r.ends(to)
 	err := r.carry(to, src, dst)

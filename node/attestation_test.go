@@ -288,7 +288,8 @@ func TestAnIdentityEndsWithItsProcessOrProgram(t *testing.T) {
 		"it is moved to another cgroup": {func(m *mortal) {
 			other := cgroupOfClients(t)
 			t.Cleanup(m.reap) // before the cgroup is removed
-			if err := os.WriteFile(filepath.Join(other, "cgroup.procs"), []byte(strconv.Itoa(m.cmd.Process.Pid)), 0); err != nil {
+			pid := []byte(strconv.Itoa(m.cmd.Process.Pid))
+			if err := os.WriteFile(filepath.Join(other, "cgroup.procs"), pid, 0); err != nil {
 				t.Error(err)
 			}
 		}, spiffe.ErrChanged},
@@ -408,7 +409,8 @@ func steal(r bpf.Record) (int, error) {
 	return -1, errors.New("the process has no such socket")
 }
 
-// TestAReusedPidIsAnotherProcess makes the kernel give a pid again, by ns_last_pid: it names the last one that was given.
+// TestAReusedPidIsAnotherProcess makes the kernel give a pid again, by ns_last_pid: it names the last one that was
+// given.
 func TestAReusedPidIsAnotherProcess(t *testing.T) {
 	const lastPid = "/proc/sys/kernel/ns_last_pid"
 	s := newStageOfLife(t)

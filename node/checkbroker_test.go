@@ -162,10 +162,11 @@ func TestBrokersAreCheckedForWaysPastTheNode(t *testing.T) {
 }
 
 func TestABrokerThatTakesUnsignedTokensIsFound(t *testing.T) {
-	k := kafka.Start(t, kafka.Options{Authorizer: true, SuperUsers: []string{"User:klamm-doctor"}, Config: map[string]string{
-		"listener.name.sasl.sasl.enabled.mechanisms": "OAUTHBEARER",
-		"listener.name.sasl.oauthbearer.sasl.jaas.config": "org.apache.kafka.common.security.oauthbearer." +
-			`OAuthBearerLoginModule required unsecuredLoginStringClaim_sub="x";`}})
+	k := kafka.Start(t, kafka.Options{Authorizer: true, SuperUsers: []string{"User:klamm-doctor"},
+		Config: map[string]string{
+			"listener.name.sasl.sasl.enabled.mechanisms": "OAUTHBEARER",
+			"listener.name.sasl.oauthbearer.sasl.jaas.config": "org.apache.kafka.common.security.oauthbearer." +
+				`OAuthBearerLoginModule required unsecuredLoginStringClaim_sub="x";`}})
 	c := stage.Load(t, t.TempDir(), stage.NewCgroup(t), k.Addrs()[0], stage.OrdersOnly,
 		stage.Config{"intercept": "{firewall: false, ports: [9092, 9093]}"})
 	all := findings(t, c, node.BrokerCheck{})

@@ -57,8 +57,8 @@ type opening struct {
 	read []byte // all that was read
 }
 
-// listen waits for what a client says first, and reads it where that is a ClientHello that matters: nil is Kafka, or TLS
-// that the session refuses. A client may be silent for as long as it likes.
+// listen waits for what a client says first, and reads it where that is a ClientHello that matters: nil is Kafka, or
+// TLS that the session refuses. A client may be silent for as long as it likes.
 func (c *clients) listen(ctx context.Context, conn *net.TCPConn) (*opening, error) {
 	if c.mode != TLSPassthrough && c.mode != TLSTerminate {
 		return nil, nil
@@ -166,8 +166,9 @@ func (d Destination) terminate(ctx context.Context, conn *net.TCPConn, o *openin
 	return m, nil
 }
 
-// partFrom closes a connection whose client has been sent an alert. Clients of TLS 1.3 speak before they read it, and to
-// close a socket with bytes nobody read is a reset, also of what the client has not read yet (RFC 2525, section 2.17).
+// partFrom closes a connection whose client has been sent an alert. Clients of TLS 1.3 speak before they read it, and
+// to close a socket with bytes nobody read is a reset, also of what the client has not read yet (RFC 2525, section
+// 2.17).
 func partFrom(conn *net.TCPConn) {
 	if conn.CloseWrite() == nil && conn.SetReadDeadline(time.Now().Add(partTimeout)) == nil {
 		_, _ = io.CopyN(io.Discard, conn, hello.MaxSize) // its end is all it waits for
@@ -193,8 +194,8 @@ func (d Destination) leaf(ctx context.Context, server string, names hello.Names)
 	return nil, errors.Join(errs...)
 }
 
-// leafNames are those that the certificate for a client must have: the one it asks for, or else all by which it can have
-// been told of the broker without asking for a name. Where nobody signs for them all, some must do.
+// leafNames are those that the certificate for a client must have: the one it asks for, or else all by which it can
+// have been told of the broker without asking for a name. Where nobody signs for them all, some must do.
 func leafNames(server string, names hello.Names, addr netip.Addr) [][]string {
 	if server != "" {
 		return [][]string{{server}}

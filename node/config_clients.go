@@ -162,8 +162,8 @@ var hostName = regexp.MustCompile(`^[a-z0-9_]([a-z0-9_.-]{0,251}[a-z0-9_])?$`)
 func (c *LeafIssuerConfig) UnmarshalYAML(node *yaml.Node) error {
 	type plain LeafIssuerConfig
 	return section(node, (*plain)(c), func() []check {
-		return []check{{one(c.Vault != nil, c.Intermediate != nil, c.Files != nil, c.CertManager != nil, c.SPIRE != nil), node,
-			"give one of vault, intermediate, files, cert-manager, spire"}}
+		return []check{{one(c.Vault != nil, c.Intermediate != nil, c.Files != nil, c.CertManager != nil, c.SPIRE != nil),
+			node, "give one of vault, intermediate, files, cert-manager, spire"}}
 	})
 }
 
@@ -186,7 +186,8 @@ func (c *VaultConfig) UnmarshalYAML(node *yaml.Node) error {
 	c.Mount = defaultMount
 	return section(node, (*plain)(c), func() []check {
 		return []check{
-			{isVault(c.Address), key(node, "address"), "want https://host:port, without a path; http only to a loopback address"},
+			{isVault(c.Address), key(node, "address"),
+				"want https://host:port, without a path; http only to a loopback address"},
 			{vaultPath.MatchString(c.Mount), key(node, "mount"), "want the path of a secrets engine, like pki"},
 			{vaultPath.MatchString(c.Role), key(node, "role"), "want the name of a role, like kafka"},
 			{c.TTL >= 0, key(node, "ttl"), "want a duration like 24h"},
@@ -224,7 +225,8 @@ func (c *VaultKubernetesConfig) UnmarshalYAML(node *yaml.Node) error {
 	type plain VaultKubernetesConfig
 	c.Mount, c.TokenFile = defaultKubernetes, serviceAccountToken
 	return section(node, (*plain)(c), func() []check {
-		return []check{{vaultPath.MatchString(c.Mount), key(node, "mount"), "want the path of an auth method, like kubernetes"}}
+		return []check{{vaultPath.MatchString(c.Mount), key(node, "mount"),
+			"want the path of an auth method, like kubernetes"}}
 	})
 }
 

@@ -19,15 +19,16 @@ func TestEveryKeyOfTLSClientsIsRead(t *testing.T) {
 		"Vault with a token": {`terminate
     names: [kafka.internal]
     issuer:
-      vault: {address: "https://vault.example:8200", namespace: streams, mount: team/pki, role: kafka, ttl: 12h, ca: /ca,
-        token-file: /token}
+      vault: {address: "https://vault.example:8200", namespace: streams, mount: team/pki, role: kafka, ttl: 12h,
+        ca: /ca, token-file: /token}
     client-certificates: {ca: [/clients], required: true}`, ClientsConfig{TLS: TLSTerminate,
 			Names: []string{"kafka.internal"}, Issuer: &LeafIssuerConfig{Vault: &VaultConfig{
 				Address: "https://vault.example:8200", Namespace: "streams", Mount: "team/pki", Role: "kafka",
 				TTL: 12 * time.Hour, CA: "/ca", TokenFile: "/token"}},
 			ClientCertificates: &ClientCertificatesConfig{CA: []string{"/clients"}, Required: true}}},
 		"Vault with AppRole": {`terminate
-    issuer: {vault: {address: "http://127.0.0.1:8200", role: kafka, app-role: {role-id: node, secret-id-file: /secret}}}`,
+    issuer: {vault: {address: "http://127.0.0.1:8200", role: kafka,
+      app-role: {role-id: node, secret-id-file: /secret}}}`,
 			ClientsConfig{TLS: TLSTerminate, Issuer: &LeafIssuerConfig{Vault: &VaultConfig{Address: "http://127.0.0.1:8200",
 				Mount: "pki", Role: "kafka",
 				AppRole: &AppRoleConfig{Mount: "approle", RoleID: "node", SecretIDFile: "/secret"}}}}},
@@ -95,10 +96,11 @@ func TestWhatIsWrongWithTLSClientsIsSaidWithLineAndColumn(t *testing.T) {
 		"no issuer": {with("tls: terminate, issuer: {}"), "5:37: give one of"},
 		"plaintext to Vault": {vault(`address: "http://vault:8200", token-file: t`),
 			"want https://host:port, without a path; http only to a loopback address"},
-		"a path to Vault":      {vault(`address: "https://vault:8200/v1", token-file: t`), "want https://host:port"},
-		"a user in a URL":      {vault(`address: "https://u:p@vault:8200", token-file: t`), "want https://host:port"},
-		"a mount that is none": {vault(`address: "https://vault:8200", token-file: t, mount: "../sys"`), "want the path of a"},
-		"no login":             {vault(`address: "https://vault:8200"`), "give one way to log in"},
+		"a path to Vault": {vault(`address: "https://vault:8200/v1", token-file: t`), "want https://host:port"},
+		"a user in a URL": {vault(`address: "https://u:p@vault:8200", token-file: t`), "want https://host:port"},
+		"a mount that is none": {vault(`address: "https://vault:8200", token-file: t, mount: "../sys"`),
+			"want the path of a"},
+		"no login": {vault(`address: "https://vault:8200"`), "give one way to log in"},
 		"two logins": {vault(`address: "https://vault:8200", token-file: t, kubernetes: {role: r}`),
 			"give one way to log in"},
 		"a leaf that lives too long": {with("tls: terminate, issuer: {intermediate: {cert: c, key: k, ttl: 48h}}"),

@@ -415,7 +415,8 @@ func (n *Node) serve(ctx context.Context, conn net.Conn, r bpf.Record) {
 }
 
 // enforce opens the way to the broker that was dialled, and enforces policy on c until it ends. It closes all.
-func (n *Node) enforce(ctx context.Context, d Destination, broker net.Conn, c enforcer.Conn, workload *spiffe.Attested) {
+func (n *Node) enforce(ctx context.Context, d Destination, broker net.Conn, c enforcer.Conn,
+	workload *spiffe.Attested) {
 	bounded, cancel := context.WithTimeout(ctx, n.config.Limits.DialTimeout)
 	opened, err := d.Open(bounded, broker, workload)
 	cancel()

@@ -34,7 +34,8 @@ func parseMapping(text string) (mapping, error) {
 		if !is || !closed || !ended {
 			return nil, fmt.Errorf("%.60q is not DEFAULT or RULE:pattern/replacement/", text)
 		}
-		r := mappingRule{replacement: group.ReplaceAllString(replacement, "$${$1}"), change: func(s string) string { return s }}
+		r := mappingRule{replacement: group.ReplaceAllString(replacement, "$${$1}"),
+			change: func(s string) string { return s }}
 		var err error
 		if r.pattern, err = regexp.Compile(`^(?:` + pattern + `)$`); err != nil {
 			return nil, err

@@ -24,7 +24,8 @@ type BrokerTLS struct {
 	Version uint16
 }
 
-// ProbeBrokerTLS speaks TLS to a broker, host:port, as long as it takes to see its certificate, which it does not verify.
+// ProbeBrokerTLS speaks TLS to a broker, host:port, as long as it takes to see its certificate, which it does not
+// verify.
 func ProbeBrokerTLS(ctx context.Context, broker string) (*BrokerTLS, error) {
 	host, _, err := splitBroker(broker)
 	if err != nil {
@@ -105,7 +106,8 @@ func awaitSVID(ctx context.Context, agent *spiffe.Agent) error {
 	}
 }
 
-// Trusts tells why a client with these roots does not take a chain for a name; nil: it does. Roots of nil are the host's.
+// Trusts tells why a client with these roots does not take a chain for a name; nil: it does. Roots of nil are the
+// host's.
 func Trusts(roots *truststore.Store, chain []*x509.Certificate, name string) error {
 	opts := x509.VerifyOptions{DNSName: name, Intermediates: x509.NewCertPool()}
 	if roots != nil {

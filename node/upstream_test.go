@@ -72,8 +72,8 @@ func newWorld(t *testing.T, life time.Duration) *world {
 	if w.tokens, err = issuer.New(); err != nil {
 		t.Fatal(err)
 	}
-	w.Cluster = kafka.Start(t, kafka.Options{Authorizer: true, Decisions: true, Users: map[string]string{"alice": "wonder"},
-		MaxReauth: life,
+	w.Cluster = kafka.Start(t, kafka.Options{Authorizer: true, Decisions: true,
+		Users: map[string]string{"alice": "wonder"}, MaxReauth: life,
 		TLS: &kafka.TLS{CA: w.brokers, ClientAuth: "required", Clients: []*x509.Certificate{w.agent.Root()},
 			Mapping: "RULE:^CN=([^,]+),O=SPIRE,C=US$/$1/"},
 		OAuth: &kafka.OAuth{KeySet: "file://" + w.file(t, "keys.json", w.keySet(t)), Audience: "kafka"}})

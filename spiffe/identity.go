@@ -8,8 +8,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 )
 
-// Identity is who is on the other end of a connection at one moment, as far as evidence goes. Immutable. The zero value is
-// "unidentified": policy decides what that may do (by default nothing).
+// Identity is who is on the other end of a connection at one moment, as far as evidence goes. Immutable. The zero value
+// is "unidentified": policy decides what that may do (by default nothing).
 type Identity struct {
 	// What rules name: of the first evidence, in the configured order of the sources, that has it.
 	ID     spiffeid.ID    // zero when no source knows the workload

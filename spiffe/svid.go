@@ -40,8 +40,8 @@ func (id *Identity) x509SVID() (*x509svid.SVID, error) {
 
 // JWTSVID is a JWT-SVID of the workload for an audience, and when it expires. Its SPIFFE ID is X509SVID's. The agent is
 // asked by pid, with the process proven before and after. The same token is given out until half of its life is over,
-// and to its end where the agent cannot be reached. Errors are X509SVID's, ErrGone, ErrChanged, an *AgentError. It takes
-// no longer than ctx.
+// and to its end where the agent cannot be reached. Errors are X509SVID's, ErrGone, ErrChanged, an *AgentError. It
+// takes no longer than ctx.
 func (h *Attested) JWTSVID(ctx context.Context, audience string) (token string, expires time.Time, err error) {
 	r := h.record.Load()
 	svid, err := r.current.Load().x509SVID()
@@ -76,8 +76,8 @@ func (a *Attestor) jwt(ctx context.Context, peer Peer, id spiffeid.ID, audience 
 	return pickJWT(tokens, id, audience)
 }
 
-// pickJWT is the token that has the SPIFFE ID. The broker that gets it verifies its signature, and nobody here relies on
-// it: it is looked at only to hand out no other one.
+// pickJWT is the token that has the SPIFFE ID. The broker that gets it verifies its signature, and nobody here relies
+// on it: it is looked at only to hand out no other one.
 func pickJWT(tokens []string, id spiffeid.ID, audience string) (jwtToken, error) {
 	for _, token := range tokens {
 		svid, err := jwtsvid.ParseInsecure(token, []string{audience})

@@ -171,7 +171,8 @@ func FuzzChoose(f *testing.F) {
 	f.Add(append(slices.Clone(good.chain), root.Certificate.Raw...), good.key, []byte(nil), "")
 	f.Fuzz(func(t *testing.T, chain, key, bundle []byte, hint string) {
 		svid, err := s.choose([]rawSVID{{chain: chain, key: key, hint: hint, bundle: bundle}})
-		if err == nil && (!svid.ID.MemberOf(here) || svid.ID.Path() == "" || time.Now().After(svid.Certificates[0].NotAfter)) {
+		if err == nil && (!svid.ID.MemberOf(here) || svid.ID.Path() == "" ||
+			time.Now().After(svid.Certificates[0].NotAfter)) {
 			t.Errorf("%s was believed", svid.ID)
 		}
 	})

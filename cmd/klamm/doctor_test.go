@@ -121,7 +121,8 @@ func TestTheDoctorChecksTheConfigurationAndItsClusters(t *testing.T) {
 		"a name nobody knows":        {broker.Addr(), unknown, "cluster main", "cannot resolve"},
 		"an agent that serves":       {broker.Addr(), spire("broker", agent.Socket("broker")), "", ""},
 		"an agent that is not there": {broker.Addr(), spire("broker", "/gone.sock"), "SPIRE agent", "start the SPIRE agent"},
-		"an agent's other socket":    {broker.Addr(), spire("delegated", agent.WorkloadAPI()), "SPIRE agent", "admin_socket_path"},
+		"an agent's other socket": {broker.Addr(), spire("delegated", agent.WorkloadAPI()), "SPIRE agent",
+			"admin_socket_path"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()

@@ -58,8 +58,8 @@ func newDoctorTLSCommand() *cobra.Command {
 		Short: "Tell which mode of TLS works for which client truststore, and why",
 		Long: `Look at the certificate of a broker (host:port), and tell for each truststore whether its clients trust the
 broker itself (passthrough) and a certificate for the broker's name by the issuer that is configured (terminate).
-Truststores are files in PEM, JKS or PKCS #12; without one, the roots of this host count, and with --pid those found where a process
-looks by default.
+Truststores are files in PEM, JKS or PKCS #12; without one, the roots of this host count, and with --pid those found
+where a process looks by default.
 
 Where a node runs on this host it may be in between: run the command in a cgroup that is exempt (intercept.exempt).
 
@@ -142,8 +142,8 @@ func probeTLS(ctx context.Context, broker, file, cluster string) (*tlsReport, er
 	}
 	r.NodeIssuer = r.leaf[0].Issuer.String()
 	if c.Clients.ClientCertificates == nil && seen.Asks {
-		r.Notes = append(r.Notes, "the broker asks for client certificates, which end at the node: give client-certificates, "+
-			"so that they are evidence, and upstream.tls.certificate for the broker")
+		r.Notes = append(r.Notes, "the broker asks for client certificates, which end at the node: give "+
+			"client-certificates, so that they are evidence, and upstream.tls.certificate for the broker")
 	}
 	if r.NodeIssuer == r.Issuer {
 		r.Notes = append(r.Notes, "the certificate may be the node's: one that runs on this host is in between, unless "+

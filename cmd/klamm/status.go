@@ -90,7 +90,8 @@ func printStatus(out io.Writer, s node.Status) error {
 		line("runtime", "%s", cmp.Or(r.Error, fmt.Sprintf("tells of %d pods", r.Pods)))
 	}
 	if a := s.SPIRE; a != nil {
-		line("SPIRE agent", "%s", cmp.Or(a.Error, fmt.Sprintf("tells of %d processes, %d have an SVID", a.Followed, a.Identified)))
+		line("SPIRE agent", "%s", cmp.Or(a.Error,
+			fmt.Sprintf("tells of %d processes, %d have an SVID", a.Followed, a.Identified)))
 		line("node's identity", "%s", cmp.Or(a.OwnError, fmt.Sprintf("%s until %s", a.ID, a.Expires.Format(time.RFC3339))))
 	}
 	if a := s.Attestation; a != nil {

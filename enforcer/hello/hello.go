@@ -164,8 +164,8 @@ func (n Names) Has(server string) bool {
 	return slices.Contains(n.Known, server) || slices.Contains(n.Aside, server)
 }
 
-// Agree tells whether a client asks for the broker it connected to: where many brokers are behind one address, it is the
-// name that leads to one of them. Clients that were told an address, or a name without a dot (Java), send none.
+// Agree tells whether a client asks for the broker it connected to: where many brokers are behind one address, it is
+// the name that leads to one of them. Clients that were told an address, or a name without a dot (Java), send none.
 func (h Hello) Agree(n Names) error {
 	switch {
 	case h.Encrypted:

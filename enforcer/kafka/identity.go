@@ -92,7 +92,7 @@ func (s *session) lose(b *binding) {
 	switch {
 	case !expired && (s.conn.AsWorkload || s.conn.Login != nil):
 		s.end(b.lost)
-	case s.CloseOnLoss && !(expired && s.renewing.Load()):
+	case s.CloseOnLoss && (!expired || !s.renewing.Load()):
 		s.end(b.lost)
 	default:
 		s.Metrics.Refuse(b.lost.Reason)

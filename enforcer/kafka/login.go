@@ -277,7 +277,7 @@ func (s *session) afterLogin(p *pending, frame []byte) ([]byte, error) {
 		}
 		a := s.attempt
 		life := time.Duration(answer.SessionLifetimeMillis) * time.Millisecond
-		if !a.Answered(answer.SASLAuthBytes) && !(a.Opaque() && life > 0) {
+		if !a.Answered(answer.SASLAuthBytes) && (!a.Opaque() || life <= 0) {
 			break
 		}
 		s.accepted(a, life)

@@ -542,8 +542,11 @@ func TestALoginThatTheBrokerDoesNotRenewEndsTheConnection(t *testing.T) {
 	rig.wantRefusal(t, ended, audit.LoginRefused)
 }
 
+// soon is when short sessions end.
+const soon = 300 * time.Millisecond
+
 // shortSessions are logins that end soon: by the broker, or with the token.
-func shortSessions(soon time.Duration) map[string]struct {
+func shortSessions() map[string]struct {
 	mechanism string
 	said      said
 	tokens    Tokens
@@ -563,10 +566,9 @@ func shortSessions(soon time.Duration) map[string]struct {
 
 // As a broker does: whoever uses the connection after its session is cut off without an answer.
 func TestAnExpiredSessionEndsWithTheNextFrame(t *testing.T) {
-	const soon = 300 * time.Millisecond
-	for name := range shortSessions(soon) {
+	for name := range shortSessions() {
 		t.Run(name, func(t *testing.T) {
-			c := shortSessions(soon)[name]
+			c := shortSessions()[name]
 			rig := newRig(t, byLogin)
 			rig.shared.Tokens = c.tokens
 			client, broker, ended := rig.serveScripted(t)
@@ -582,10 +584,9 @@ func TestAnExpiredSessionEndsWithTheNextFrame(t *testing.T) {
 }
 
 func TestAnExpiredSessionMayStillBeRenewed(t *testing.T) {
-	const soon = 300 * time.Millisecond
-	for name := range shortSessions(soon) {
+	for name := range shortSessions() {
 		t.Run(name, func(t *testing.T) {
-			c := shortSessions(soon)[name]
+			c := shortSessions()[name]
 			rig := newRig(t, byLogin)
 			rig.shared.Tokens = c.tokens
 			client, broker, ended := rig.serveScripted(t)
@@ -604,10 +605,9 @@ func TestAnExpiredSessionMayStillBeRenewed(t *testing.T) {
 }
 
 func TestAnIdleConnectionEndsWithinASecondAfterItsSession(t *testing.T) {
-	const soon = 300 * time.Millisecond
-	for name := range shortSessions(soon) {
+	for name := range shortSessions() {
 		t.Run(name, func(t *testing.T) {
-			c := shortSessions(soon)[name]
+			c := shortSessions()[name]
 			rig := newRig(t, byLogin)
 			rig.shared.Tokens, rig.shared.CloseOnLoss = c.tokens, true
 			client, broker, ended := rig.serveScripted(t)
@@ -626,10 +626,9 @@ func TestAnIdleConnectionEndsWithinASecondAfterItsSession(t *testing.T) {
 
 // What was asked in time: a broker whose session has ended still answers, and with a token its rights end.
 func TestWhatIsOwedWhenASessionEnds(t *testing.T) {
-	const soon = 300 * time.Millisecond
-	for name := range shortSessions(soon) {
+	for name := range shortSessions() {
 		t.Run(name, func(t *testing.T) {
-			c := shortSessions(soon)[name]
+			c := shortSessions()[name]
 			rig := newRig(t, strings.ReplaceAll(byLogin, "[Write]", "[Read, Write]"))
 			rig.shared.Tokens = c.tokens
 			rig.shared.CloseOnLoss = c.tokens == nil

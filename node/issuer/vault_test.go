@@ -100,7 +100,8 @@ func (v *vault) sign(w http.ResponseWriter, body map[string]string) {
 		v.t.Error(err)
 	}
 	now := time.Now()
-	leaf := &x509.Certificate{SerialNumber: big.NewInt(now.UnixNano()), Subject: request.Subject, DNSNames: request.DNSNames,
+	leaf := &x509.Certificate{SerialNumber: big.NewInt(now.UnixNano()), Subject: request.Subject,
+		DNSNames:    request.DNSNames,
 		IPAddresses: request.IPAddresses, NotBefore: now.Add(-30 * time.Second), NotAfter: now.Add(life),
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}
 	der, err := x509.CreateCertificate(rand.Reader, leaf, v.ca.cert, request.PublicKey, v.ca.key)

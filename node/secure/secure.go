@@ -29,8 +29,8 @@ func Client(conn net.Conn, conf *tls.Config) *Conn {
 	return &Conn{tls.Client(s, conf), s}
 }
 
-// Read may end without a close_notify, as it does when the other side dies: Kafka's frames tell by themselves where they
-// end.
+// Read may end without a close_notify, as it does when the other side dies: Kafka's frames tell by themselves where
+// they end.
 func (c *Conn) Read(b []byte) (int, error) {
 	n, err := c.Conn.Read(b)
 	if errors.Is(err, io.ErrUnexpectedEOF) {

@@ -42,8 +42,8 @@ var (
 	magicJCEKS = []byte{0xce, 0xce, 0xce, 0xce}
 )
 
-// Read reads a store of any kind. Password is tried first, then Java's default and none. One without a certificate is an
-// error.
+// Read reads a store of any kind. Password is tried first, then Java's default and none. One without a certificate is
+// an error.
 func Read(r io.Reader, password string) (*Store, error) {
 	data, err := io.ReadAll(io.LimitReader(r, MaxSize+1))
 	if err != nil {

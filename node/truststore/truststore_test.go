@@ -79,7 +79,8 @@ func TestStoresOfEveryKindAreRead(t *testing.T) {
 
 func TestAStoreThatOpensWithNoPasswordSaysSo(t *testing.T) {
 	a := root(t)
-	for what, data := range map[string][]byte{"JKS": jks(t, a, "secret"), "PKCS12": pfx(t, pkcs12.Modern2023, a, "secret")} {
+	for what, data := range map[string][]byte{"JKS": jks(t, a, "secret"),
+		"PKCS12": pfx(t, pkcs12.Modern2023, a, "secret")} {
 		if _, err := Read(bytes.NewReader(data), "other"); !errors.Is(err, ErrPassword) {
 			t.Errorf("%s: %v", what, err)
 		}
@@ -89,8 +90,8 @@ func TestAStoreThatOpensWithNoPasswordSaysSo(t *testing.T) {
 func TestWhatIsNoStoreIsAnError(t *testing.T) {
 	noise := make([]byte, 100)
 	_, _ = rand.Read(noise)
-	for what, data := range map[string][]byte{"nothing": nil, "text": []byte("hello"), "JCEKS": magicJCEKS, "JKS": magicJKS,
-		"ASN.1": append([]byte{0x30}, noise...), "too much": make([]byte, MaxSize+1)} {
+	for what, data := range map[string][]byte{"nothing": nil, "text": []byte("hello"), "JCEKS": magicJCEKS,
+		"JKS": magicJKS, "ASN.1": append([]byte{0x30}, noise...), "too much": make([]byte, MaxSize+1)} {
 		if s, err := Read(bytes.NewReader(data), ""); err == nil {
 			t.Errorf("%s: %+v", what, s)
 		}

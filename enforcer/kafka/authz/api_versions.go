@@ -22,8 +22,9 @@ func apiVersions(*Ctx, *kmsg.ApiVersionsRequest) Verdict {
 	})}
 }
 
-// fromZero keep the minimum of the broker, though what is below ours is refused: librdkafka concludes from version 0 that
-// a broker can compress (Produce, KAFKA-18659) and has SASL (SaslHandshake, rdkafka_feature.c). It sends later ones.
+// fromZero keep the minimum of the broker, though what is below ours is refused: librdkafka concludes from version 0
+// that a broker can compress (Produce, KAFKA-18659) and has SASL (SaslHandshake, rdkafka_feature.c). It sends later
+// ones.
 var fromZero = []kmsg.Key{kmsg.Produce, kmsg.SASLHandshake}
 
 func inTable(key int16) bool { return key >= 0 && int(key) < len(Table) && Table[key].Decide != nil }
