@@ -375,6 +375,9 @@ func (b *brokerCheck) open(ctx context.Context, way *upstream.Upstream, name str
 	if err != nil {
 		return "", err
 	}
+	if err := broker.Probe(ctx); err != nil {
+		return "", errors.Join(fmt.Errorf("the broker ends it after the handshake: %w", err), broker.Close())
+	}
 	return "the configured way works: " + broker.String(), broker.Close()
 }
 

@@ -432,8 +432,12 @@ func (n *Node) enforce(ctx context.Context, d Destination, broker net.Conn, c en
 	ctx, stop := whileCurrent(ctx, opened, workload)
 	defer stop()
 	err = n.enforcer.Serve(ctx, c)
-	if cause := context.Cause(ctx); err == nil && errors.Is(cause, upstream.ErrNoSVID) {
+	cause := context.Cause(ctx)
+	switch {
+	case err == nil && errors.Is(cause, upstream.ErrNoSVID):
 		n.refuse(c.Client, audit.NoSVID, cause)
+	case errors.Is(err, upstream.ErrTLS):
+		n.refuse(c.Client, audit.UpstreamTLS, err)
 	}
 	if err != nil {
 		n.log.Debug().Err(err).Str("conn", c.ID).Msg("connection ended")

@@ -189,3 +189,23 @@ type secured struct {
 	*secure.Conn
 	shown bool // our certificate, for the broker asked
 }
+
+// Read is ErrTLS where the broker sends an alert.
+func (s *secured) Read(b []byte) (int, error) {
+	n, err := s.Conn.Read(b)
+	return n, alerted(err)
+}
+
+// TryRead is Read that does not wait; see secure.Conn.
+func (s *secured) TryRead(b []byte) (int, error) {
+	n, err := s.Conn.TryRead(b)
+	return n, alerted(err)
+}
+
+// alerted tells an alert of the other side from the ends of a connection. No OpError is in it: these are in order.
+func alerted(err error) error {
+	if op := new(net.OpError); errors.As(err, &op) && op.Op == "remote error" {
+		return fmt.Errorf("%w: the broker says %w", ErrTLS, op.Err)
+	}
+	return err
+}

@@ -15,7 +15,8 @@ import (
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
-// Why a connection to a broker is no good; each error of Open is one of these.
+// Why a connection to a broker is no good; each error of Open is one of these. In TLS 1.3 a broker tells after the
+// handshake that it does not take the certificate it was shown: then a read of the connection is ErrTLS.
 var (
 	ErrTLS    = errors.New("no trusted TLS connection")
 	ErrLogin  = errors.New("not logged in")
@@ -122,14 +123,12 @@ func (u *Upstream) open(ctx context.Context, b *Broker, name string, who Identit
 	if err := u.identify(b, who); err != nil {
 		return err
 	}
-	shown := false
 	if u.tls != nil {
 		conn, err := u.tls.handshake(ctx, b.Conn, name, u.subject(who))
 		if err != nil {
 			return err
 		}
-		shown = conn.shown
-		if b.Conn = conn; u.tls.Certificate == Workload && !shown {
+		if b.Conn = conn; u.tls.Certificate == Workload && !conn.shown {
 			return fmt.Errorf("%w: the broker asks for no certificate, so it does not learn who the workload is "+
 				"(Kafka: ssl.client.auth=required)", ErrTLS)
 		}
@@ -138,10 +137,7 @@ func (u *Upstream) open(ctx context.Context, b *Broker, name string, who Identit
 		b.Login = &Login{mechanism: u.login.mechanism(who, u.tokens), broker: name}
 		return b.Login.Exchange(ctx, caller(b.Conn))
 	}
-	if !shown {
-		return nil
-	}
-	return hello(b.Conn)
+	return nil
 }
 
 // identify notes as whom the broker will know the workload.
@@ -167,15 +163,15 @@ func (u *Upstream) subject(who Identity) Identity {
 	return who
 }
 
-// hello is for brokers that were shown a certificate, and that the node does not log in at. In TLS 1.3 a client whose
-// certificate is refused learns of it with the first answer, which should not be one to a client. Where the client is
-// to log in, the broker would take no second ApiVersions before that (SaslServerAuthenticator).
-func hello(conn net.Conn) error {
-	req := kmsg.NewPtrApiVersionsRequest()
-	if _, err := caller(conn)(req); err != nil {
-		return fmt.Errorf("%w: the broker ends it after the handshake: %w", ErrTLS, err)
+// Probe asks for the broker's ApiVersions, for diagnosis. A broker answers them once to who has not logged in yet
+// (SaslServerAuthenticator), so a client's own would be one too many.
+func (b *Broker) Probe(ctx context.Context) error {
+	deadline, _ := ctx.Deadline()
+	if err := b.SetDeadline(deadline); err != nil {
+		return err
 	}
-	return nil
+	_, err := caller(b.Conn)(kmsg.NewPtrApiVersionsRequest())
+	return err
 }
 
 // AsWorkload tells whether the broker knows the workload by its SVID.

@@ -84,8 +84,8 @@ func TestABrokerIsVerified(t *testing.T) {
 				t.Fatal(err)
 			}
 			_ = b.Close()
-			if e := s.end(t); e.got != "ApiVersions" {
-				t.Errorf("the broker got %q", e.got)
+			if e := s.end(t); e.got != "" || e.err != nil {
+				t.Errorf("the broker got %q, %v", e.got, e.err)
 			}
 		})
 	}
@@ -99,7 +99,6 @@ func broker1(t testing.TB, a *ca.Authority) *tls.Certificate {
 
 func TestABrokerThatDoesNotAnswerIsGivenUp(t *testing.T) {
 	brokers := must(ca.New("brokers"))(t)
-	leaf := anybody(broker1(t, brokers))
 	root := write(t, "ca.pem", brokers.PEM())
 	password := write(t, "password", []byte("secret"))
 	for what, c := range map[string]struct {
@@ -108,7 +107,6 @@ func TestABrokerThatDoesNotAnswerIsGivenUp(t *testing.T) {
 		want   error
 	}{
 		"in the handshake": {Options{TLS: &TLS{CA: root}}, nil, ErrTLS},
-		"after it":         {Options{TLS: &TLS{CA: root}}, leaf, ErrTLS},
 		"in the login": {Options{Login: &Credentials{Mechanism: "PLAIN", Username: "u", PasswordFile: password}},
 			nil, ErrLogin},
 	} {
@@ -163,6 +161,9 @@ func TestTheBrokerSeesTheCertificateThatIsConfigured(t *testing.T) {
 			s := serve(t, c.broker, kafka(0, nil))
 			c.tls.CA = root
 			b, err := open(t, Options{TLS: &c.tls, Node: node}, s, c.who)
+			if err == nil && c.err != nil { // by TLS 1.3 the broker's word comes after the handshake
+				_, err = b.Read(make([]byte, 1))
+			}
 			if !errors.Is(err, c.err) || c.err != nil && !strings.Contains(err.Error(), c.says) {
 				t.Fatalf("the error is %v", err)
 			}
@@ -246,10 +247,6 @@ func TestAConnectionIsCurrentWhileItsWorkloadIsTheSame(t *testing.T) {
 func TestAnEndWithoutNoticeIsAnEnd(t *testing.T) {
 	authority := must(ca.New("all"))(t)
 	s := serve(t, anybody(broker1(t, authority)), func(conn net.Conn) string {
-		if _, _, _, err := request(conn); err != nil {
-			return err.Error()
-		}
-		_, _ = conn.Write([]byte{0, 0, 0, 10, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0})
 		secure, is := conn.(*tls.Conn)
 		if !is {
 			return "no TLS"
