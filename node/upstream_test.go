@@ -21,6 +21,7 @@ import (
 
 	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/kmsg"
+	"github.com/twmb/franz-go/pkg/sasl/scram"
 	"golang.org/x/sys/unix"
 
 	"klamm/test/ca"
@@ -74,6 +75,7 @@ func newWorld(t *testing.T, life time.Duration) *world {
 	}
 	w.Cluster = kafka.Start(t, kafka.Options{Authorizer: true, Decisions: true,
 		Users: map[string]string{"alice": "wonder"}, MaxReauth: life,
+		Config: map[string]string{"listener.name.sasltls.ssl.client.auth": "requested"}, // KIP-684
 		TLS: &kafka.TLS{CA: w.brokers, ClientAuth: "required", Clients: []*x509.Certificate{w.agent.Root()},
 			Mapping: "RULE:^CN=([^,]+),O=SPIRE,C=US$/$1/"},
 		OAuth: &kafka.OAuth{KeySet: "file://" + w.file(t, "keys.json", w.keySet(t)), Audience: "kafka"}})
@@ -175,21 +177,28 @@ func TestTheBrokerKnowsTheWorkloadAsWhoItIs(t *testing.T) {
 	w := newWorld(t, 0)
 	password, secret := w.file(t, "password", []byte("wonder\n")), w.file(t, "secret", []byte("cl1ent\n"))
 	overTLS, login := w.TLSAddrs()[0], w.SASLTLSAddrs()[0]
-	for name, c := range map[string]struct{ broker, upstream, principal string }{
-		"by its certificate": {overTLS, w.tls(", certificate: workload") + "}", ordersOf[0]},
-		"by its JWT-SVID":    {login, w.tls("") + ", login: {jwt-svid: {audience: kafka}}}", ordersOf[1]},
+	alice := kgo.SASL(scram.Auth{User: "alice", Pass: "wonder"}.AsSha512Mechanism())
+	for name, c := range map[string]struct {
+		broker, upstream, principal string
+		client                      []kgo.Opt
+	}{
+		"by its certificate": {overTLS, w.tls(", certificate: workload") + "}", ordersOf[0], nil},
+		"by its JWT-SVID":    {login, w.tls("") + ", login: {jwt-svid: {audience: kafka}}}", ordersOf[1], nil},
+		"by its own login, behind its certificate": {login, w.tls(", certificate: workload") + fmt.Sprintf(
+			"}, credentials: {mechanism: SCRAM-SHA-512, username: alice, password-file: %q}", password), ordersOf[2],
+			[]kgo.Opt{alice}},
 		"by a password of the node's": {login, w.tls("") + fmt.Sprintf(
-			", login: {mechanism: SCRAM-SHA-512, username: alice, password-file: %q}}", password), ordersOf[2]},
+			", login: {mechanism: SCRAM-SHA-512, username: alice, password-file: %q}}", password), ordersOf[2], nil},
 		"by client credentials of the node's": {login, w.tls("") + fmt.Sprintf(", login: {mechanism: OAUTHBEARER, "+
-			"token-url: %q, client-id: klamm, client-secret-file: %q}}", w.endpoint(t), secret), ordersOf[3]},
+			"token-url: %q, client-id: klamm, client-secret-file: %q}}", w.endpoint(t), secret), ordersOf[3], nil},
 		"by its JWT-SVID in cleartext": {w.SASLAddrs()[0], "{login: {jwt-svid: {audience: kafka}}, cleartext: true}",
-			ordersOf[1]},
+			ordersOf[1], nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := w.node(t, c.broker, c.upstream)
 			n.AwaitReady()
 			before := w.decisions(t)
-			if err := write(t, n.Workload(stage.OrdersUID).Client(t, c.broker), "orders"); err != nil {
+			if err := write(t, n.Workload(stage.OrdersUID).Client(t, c.broker, c.client...), "orders"); err != nil {
 				t.Fatal(err)
 			}
 			want := kafka.Decision{Principal: c.principal, Allowed: true, Operation: "WRITE", Resource: "Topic:LITERAL:orders"}
