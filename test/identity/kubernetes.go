@@ -306,7 +306,7 @@ func (k *k8s) checks(ctx context.Context, tell tell) {
 					return "", k.noRights(ctx, "default")
 				}},
 				{"brokers see the principal of each pod's X509-SVID", k.podsAreShown},
-				{"a deleted pod's rights end", k.deletedPodEnds},
+				{"a deleted pod's rights end", func(ctx context.Context) (string, error) { return k.deletedPodEnds(ctx, n) }},
 			})
 		})
 		if err != nil {
@@ -497,27 +497,23 @@ func (k *k8s) podsAreShown(ctx context.Context) (string, error) {
 	return strings.Join(saw, ", "), err
 }
 
-// deletedPodEnds: kubelet ends its processes, and with them go the connections, at the broker too.
-func (k *k8s) deletedPodEnds(ctx context.Context) (string, error) {
+// deletedPodEnds: kubelet ends its processes, and with them go the connections.
+func (k *k8s) deletedPodEnds(ctx context.Context, n *node) (string, error) {
 	p := watcher("orders", k.cluster.Addrs()[0])
-	if _, err := k.startWatcher(ctx, p, topicOf("orders")); err != nil {
-		return "", err
-	}
-	before, err := established(kafka.PlaintextPort)
+	s, err := k.startWatcher(ctx, p, topicOf("orders"))
 	if err != nil {
 		return "", err
 	}
+	began := time.Now()
 	if err := k.node.API.Delete(ctx, p.Name); err != nil {
 		return "", err
 	}
-	began := time.Now()
-	err = until(ctx, "the end of its connection at the broker", waitLimit, func() (bool, error) {
-		n, err := established(kafka.PlaintextPort)
-		return n < before, err
+	l, err := n.awaitAudit(ctx, "the end of the pod's connection", func(l auditLine) bool {
+		return l.PodUID == s.Metadata.UID && l.Event == "connection" && l.State == "closed"
 	})
-	took := time.Since(began)
-	if err == nil && took > revokedBound {
-		err = fmt.Errorf("it took longer than %v", revokedBound)
+	took := l.Time.Sub(began)
+	if err == nil && (took < 0 || took > revokedBound) {
+		err = fmt.Errorf("it took %v, want at most %v", took, revokedBound)
 	}
 	return fmt.Sprintf("%.1f s after the pod was deleted", took.Seconds()), errors.Join(err, k.gone(ctx, p.Name))
 }
@@ -530,25 +526,6 @@ func (k *k8s) gone(ctx context.Context, pod string) error {
 		}
 		return false, err
 	})
-}
-
-// established counts the connections at a port of the broker, which is of this network namespace.
-func established(port int) (int, error) {
-	text, err := os.ReadFile("/proc/self/net/tcp6")
-	if err != nil {
-		return 0, err
-	}
-	more, err := os.ReadFile("/proc/self/net/tcp")
-	if err != nil {
-		return 0, err
-	}
-	local, n := fmt.Sprintf(":%04X", port), 0
-	for line := range strings.Lines(string(text) + string(more)) {
-		if f := strings.Fields(line); len(f) > 3 && strings.HasSuffix(f[1], local) && f[3] == "01" {
-			n++
-		}
-	}
-	return n, nil
 }
 
 // stolenToken: a pod of another service account shows the token of orders, which was copied into it, as its own.

@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 
 	"klamm/test/host"
 	"klamm/test/kafka"
@@ -168,13 +169,14 @@ func (n *node) stop() error {
 
 // auditLine is what the checks read of a line of the audit.
 type auditLine struct {
-	Event, Verdict, Reason, Error, Cluster, Principal string
-	API, Topic                                        string
-	SPIFFE                                            string `json:"spiffe_id"`
-	PID, UID                                          uint32
-	Pod                                               string
-	PodUID                                            string `json:"pod_uid"`
-	text                                              string
+	Event, State, Verdict, Reason, Error, Cluster, Principal string
+	API, Topic                                               string
+	Time                                                     time.Time
+	SPIFFE                                                   string `json:"spiffe_id"`
+	PID, UID                                                 uint32
+	Pod                                                      string
+	PodUID                                                   string `json:"pod_uid"`
+	text                                                     string
 }
 
 // audit returns the lines so far that match.
