@@ -292,8 +292,8 @@ func (s *session) afterLogin(p *pending, frame []byte) ([]byte, error) {
 }
 
 // told is how long a client hears that its token lasts. It logs in again before its next request once most of that is
-// over (KIP-368; franz-go some 3 s before, Java at 85 to 95 %), but a fetch may wait at the broker by then, for 5 s with
-// franz-go, and we close at the token's end, where a broker would wait for the next request.
+// over (KIP-368; franz-go some 3 s before, Java at 85 to 95 %), but a fetch may wait at the broker by then, with
+// franz-go for 5 s, and we close at the token's end, where a broker would wait for the next request.
 func told(left time.Duration) time.Duration { return left - min(left/6, 30*time.Second) }
 
 // refused takes the broker's refusal of a login. One that was to renew another ends the connection, as it does at the

@@ -392,7 +392,7 @@ func (w *tlsWorld) certificateCounts(ctx context.Context) (string, error) {
 	way.topic = "billing"
 	out, err := w.run(ctx, ordersUID, w.file("identity"), "client", object(w.client(way), ""))
 	if err == nil || !strings.Contains(out, "TOPIC_AUTHORIZATION_FAILED") {
-		return "", fmt.Errorf("it was not refused as Kafka refuses: %v\n%s", err, out)
+		return "", fmt.Errorf("it was not refused as Kafka refuses: %s\n%s", fmt.Sprint(err), out)
 	}
 	return "", nil
 }
@@ -553,7 +553,7 @@ func (w *tlsWorld) doctor(ctx context.Context) (string, error) {
 		out, err := w.runIn(ctx, "", 0, w.node.binary, "doctor", "tls", at(brokerName, kafka.TLSPort), "-c",
 			w.node.file("klamm.yaml"), "--cluster", "tls", "--truststore", w.file(store))
 		if (err == nil) != works {
-			return "", fmt.Errorf("with %s: %v\n%s", store, err, out)
+			return "", fmt.Errorf("with %s: %s\n%s", store, fmt.Sprint(err), out)
 		}
 	}
 	return "", nil
@@ -597,7 +597,7 @@ func (w *tlsWorld) denied(ctx context.Context) (string, error) {
 	c := w.client(w.ways()[0])
 	out, err := w.run(ctx, ordersUID, w.file("identity"), "client", object(c, ""))
 	if err == nil || !strings.Contains(out, "tls: ") {
-		return "", fmt.Errorf("it did not end by an alert: %v\n%s", err, out)
+		return "", fmt.Errorf("it did not end by an alert: %s\n%s", fmt.Sprint(err), out)
 	}
 	for _, f := range foreign {
 		if err := w.produceAndConsume(ctx, f.command, w.ways()[0]); err == nil {

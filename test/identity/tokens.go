@@ -267,7 +267,7 @@ func (f forgery) refused(ctx context.Context) (string, error) {
 	}
 	said := p.login(token)
 	if !errors.Is(said, kerr.SaslAuthenticationFailed) {
-		return "", fmt.Errorf("its login ended with %v, not SASL_AUTHENTICATION_FAILED", said)
+		return "", fmt.Errorf("its login ended with %s, not SASL_AUTHENTICATION_FAILED", fmt.Sprint(said))
 	}
 	_, err = f.of.node.awaitAudit(ctx, "the refusal", func(l auditLine) bool {
 		return l.PID == uint32(p.pid()) && l.Event == "refusal"
