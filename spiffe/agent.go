@@ -2,14 +2,17 @@ package spiffe
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
 	"github.com/rs/zerolog"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 )
@@ -201,4 +204,60 @@ func (a *Agent) why() error {
 		return a.err
 	}
 	return agentError(workloadAPI, a.socket, errors.New("the agent gave none"))
+}
+
+// Asked waits for the agent's first answer, or the end of ctx.
+func (a *Agent) Asked(ctx context.Context) {
+	select {
+	case <-a.asked:
+	case <-ctx.Done():
+	}
+}
+
+// X509SVID is GetX509SVID, under the name Attested has it by.
+func (a *Agent) X509SVID() (*x509svid.SVID, error) { return a.GetX509SVID() }
+
+// JWTSVID is a JWT-SVID of the node itself for an audience, and when it expires. The error is an *AgentError. It takes
+// no longer than ctx.
+func (a *Agent) JWTSVID(ctx context.Context, audience string) (token string, expires time.Time, err error) {
+	svid, err := workloadapi.FetchJWTSVID(ctx, jwtsvid.Params{Audience: audience},
+		workloadapi.WithAddr("unix://"+a.socket))
+	if err != nil {
+		return "", time.Time{}, agentError(workloadAPI, a.socket, err)
+	}
+	return svid.Marshal(), svid.Expiry, nil
+}
+
+// Hinted finds, each time it is asked, the node's own X509-SVID that SPIRE gives a hint to: the first of those with it,
+// or of all where the hint is empty.
+func (a *Agent) Hinted(hint string) func() (*x509svid.SVID, error) {
+	if hint == "" {
+		return a.GetX509SVID
+	}
+	return func() (*x509svid.SVID, error) {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		i := slices.IndexFunc(a.svids, func(s *x509svid.SVID) bool { return s.Hint == hint })
+		if i < 0 {
+			return nil, fmt.Errorf("the node has no X509-SVID with the hint %q: %w", hint, a.why())
+		}
+		svid := a.svids[i]
+		if end := svid.Certificates[0].NotAfter; !time.Now().Before(end) {
+			return nil, fmt.Errorf("the node's X509-SVID %s expired at %s: %w", svid.ID, end.Format(time.RFC3339), a.why())
+		}
+		return svid, nil
+	}
+}
+
+// Authorities are those of all bundles by which SVIDs are verified now.
+func (a *Agent) Authorities() (all []*x509.Certificate) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.bundles == nil || !a.silent.IsZero() && time.Since(a.silent) > maxSilence {
+		return nil
+	}
+	for _, b := range a.bundles.Bundles() {
+		all = append(all, b.X509Authorities()...)
+	}
+	return all
 }
