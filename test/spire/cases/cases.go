@@ -677,6 +677,19 @@ func federation(ctx context.Context, e *Env) error {
 	})
 }
 
+// vouched attests a process of which the agent gives both kinds of SVID.
+func (e *Env) vouched(ctx context.Context, a *spiffe.Attestor, peer spiffe.Peer, name string) (*spiffe.Attested, error) {
+	attested, err := e.attest(ctx, a, peer)
+	if err != nil {
+		return nil, err
+	}
+	if err := is(ctx, attested, e.ID("/"+name), patience); err != nil {
+		return nil, err
+	}
+	_, _, err = attested.JWTSVID(ctx, "kafka")
+	return attested, err
+}
+
 func gone(ctx context.Context, e *Env) error {
 	_, a, err := e.serving(ctx)
 	if err != nil {
@@ -690,14 +703,8 @@ func gone(ctx context.Context, e *Env) error {
 	if err != nil {
 		return err
 	}
-	attested, err := e.attest(ctx, a, peer)
+	attested, err := e.vouched(ctx, a, peer, "gone")
 	if err != nil {
-		return err
-	}
-	if err := is(ctx, attested, e.ID("/gone"), patience); err != nil {
-		return err
-	}
-	if _, _, err := attested.JWTSVID(ctx, "kafka"); err != nil {
 		return err
 	}
 	if err := kafka.Kill(cmd); err != nil {
@@ -730,14 +737,8 @@ func executed(ctx context.Context, e *Env) error {
 	if err != nil {
 		return err
 	}
-	attested, err := e.attest(ctx, a, peer)
+	attested, err := e.vouched(ctx, a, peer, "exec")
 	if err != nil {
-		return err
-	}
-	if err := is(ctx, attested, e.ID("/exec"), patience); err != nil {
-		return err
-	}
-	if _, _, err := attested.JWTSVID(ctx, "kafka"); err != nil {
 		return err
 	}
 	if err := exec(); err != nil {
