@@ -678,7 +678,9 @@ func federation(ctx context.Context, e *Env) error {
 }
 
 // vouched attests a process of which the agent gives both kinds of SVID.
-func (e *Env) vouched(ctx context.Context, a *spiffe.Attestor, peer spiffe.Peer, name string) (*spiffe.Attested, error) {
+func (e *Env) vouched(
+	ctx context.Context, a *spiffe.Attestor, peer spiffe.Peer, name string,
+) (*spiffe.Attested, error) {
 	attested, err := e.attest(ctx, a, peer)
 	if err != nil {
 		return nil, err
