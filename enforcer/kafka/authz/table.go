@@ -9,40 +9,57 @@ var Table [kmsg.MaxKey + 1]API
 // The rows are filled in here because some handlers look into the table themselves.
 func init() {
 	Table = [kmsg.MaxKey + 1]API{
-		kmsg.Produce:  {Min: 3, Max: 13, Decide: handle(produce)},
-		kmsg.Fetch:    {Min: 4, Max: 18, Decide: handle(fetch)},
-		kmsg.Metadata: {Min: 0, Max: 13, Decide: handle(metadata)},
+		// Records.
+		kmsg.Produce:              {Min: 3, Max: 13, Decide: handle(produce)},
+		kmsg.Fetch:                {Min: 4, Max: 18, Decide: handle(fetch)},
+		kmsg.ListOffsets:          {Min: 1, Max: 11, Decide: handle(listOffsets)},
+		kmsg.OffsetForLeaderEpoch: {Min: 2, Max: 4, Decide: handle(offsetForLeaderEpoch)},
 
-		kmsg.SASLHandshake:    {Min: 1, Max: 1, Decide: handle(saslHandshake)},
+		// Connections.
 		kmsg.ApiVersions:      {Min: 0, Max: 5, Decide: handle(apiVersions)},
+		kmsg.SASLHandshake:    {Min: 1, Max: 1, Decide: handle(saslHandshake)},
 		kmsg.SASLAuthenticate: {Min: 0, Max: 2, Decide: handle(saslAuthenticate)},
 
+		// Topics.
+		kmsg.Metadata:                {Min: 0, Max: 13, Decide: handle(metadata)},
+		kmsg.DescribeTopicPartitions: {Min: 0, Max: 0, Decide: handle(describeTopicPartitions)},
 		kmsg.CreateTopics:            {Min: 2, Max: 7, Decide: handle(createTopics)},
 		kmsg.DeleteTopics:            {Min: 1, Max: 6, Decide: handle(deleteTopics)},
 		kmsg.CreatePartitions:        {Min: 0, Max: 3, Decide: handle(createPartitions)},
-		kmsg.DescribeConfigs:         {Min: 1, Max: 4, Decide: handle(describeConfigs)},
-		kmsg.DescribeCluster:         {Min: 0, Max: 2, Decide: handle(describeCluster)},
-		kmsg.DescribeTopicPartitions: {Min: 0, Max: 0, Decide: handle(describeTopicPartitions)},
 
+		// Configs, quotas, brokers, controllers.
+		kmsg.DescribeConfigs: {Min: 1, Max: 4, Decide: handle(describeConfigs)},
+		kmsg.DescribeCluster: {Min: 0, Max: 2, Decide: handle(describeCluster)},
+
+		// Access: ACLs, SCRAM credentials, delegation tokens.
+
+		// Transactions and producers.
 		kmsg.InitProducerID:     {Min: 0, Max: 5, Decide: handle(initProducerID)},
 		kmsg.AddPartitionsToTxn: {Min: 0, Max: 3, Decide: handle(addPartitionsToTxn)},
 		kmsg.AddOffsetsToTxn:    {Min: 0, Max: 4, Decide: handle(addOffsetsToTxn)},
 		kmsg.EndTxn:             {Min: 0, Max: 5, Decide: handle(endTxn)},
 		kmsg.TxnOffsetCommit:    {Min: 0, Max: 6, Decide: handle(txnOffsetCommit)},
 
-		kmsg.ListOffsets:            {Min: 1, Max: 11, Decide: handle(listOffsets)},
-		kmsg.OffsetCommit:           {Min: 2, Max: 10, Decide: handle(offsetCommit)},
-		kmsg.OffsetFetch:            {Min: 1, Max: 10, Decide: handle(offsetFetch)},
-		kmsg.FindCoordinator:        {Min: 0, Max: 6, Decide: handle(findCoordinator)},
-		kmsg.JoinGroup:              {Min: 0, Max: 9, Decide: handle(joinGroup)},
-		kmsg.Heartbeat:              {Min: 0, Max: 4, Decide: handle(heartbeat)},
-		kmsg.LeaveGroup:             {Min: 0, Max: 5, Decide: handle(leaveGroup)},
-		kmsg.SyncGroup:              {Min: 0, Max: 5, Decide: handle(syncGroup)},
-		kmsg.DescribeGroups:         {Min: 0, Max: 6, Decide: handle(describeGroups)},
-		kmsg.ListGroups:             {Min: 0, Max: 5, Decide: handle(listGroups)},
-		kmsg.OffsetForLeaderEpoch:   {Min: 2, Max: 4, Decide: handle(offsetForLeaderEpoch)},
-		kmsg.DeleteGroups:           {Min: 0, Max: 3, Decide: handle(deleteGroups)},
+		// Groups.
+		kmsg.FindCoordinator: {Min: 0, Max: 6, Decide: handle(findCoordinator)},
+		kmsg.JoinGroup:       {Min: 0, Max: 9, Decide: handle(joinGroup)},
+		kmsg.SyncGroup:       {Min: 0, Max: 5, Decide: handle(syncGroup)},
+		kmsg.Heartbeat:       {Min: 0, Max: 4, Decide: handle(heartbeat)},
+		kmsg.LeaveGroup:      {Min: 0, Max: 5, Decide: handle(leaveGroup)},
+		kmsg.OffsetCommit:    {Min: 2, Max: 10, Decide: handle(offsetCommit)},
+		kmsg.OffsetFetch:     {Min: 1, Max: 10, Decide: handle(offsetFetch)},
+		kmsg.DescribeGroups:  {Min: 0, Max: 6, Decide: handle(describeGroups)},
+		kmsg.ListGroups:      {Min: 0, Max: 5, Decide: handle(listGroups)},
+		kmsg.DeleteGroups:    {Min: 0, Max: 3, Decide: handle(deleteGroups)},
+
+		// Consumer groups of the new protocol (KIP-848).
 		kmsg.ConsumerGroupHeartbeat: {Min: 0, Max: 1, Decide: handle(consumerGroupHeartbeat)},
 		kmsg.ConsumerGroupDescribe:  {Min: 0, Max: 1, Decide: handle(consumerGroupDescribe)},
+
+		// Share groups (KIP-932).
+
+		// Streams groups (KIP-1071).
+
+		// Telemetry (KIP-714).
 	}
 }
