@@ -4,6 +4,8 @@ import (
 	"testing"
 
 	"github.com/twmb/franz-go/pkg/kmsg"
+
+	"klamm/test/message"
 )
 
 func TestACursorAtAHiddenTopicIsSealedForTheClientAndOpenedForTheBroker(t *testing.T) {
@@ -16,7 +18,7 @@ func TestACursorAtAHiddenTopicIsSealedForTheClientAndOpenedForTheBroker(t *testi
 	v.Edit(c, resp)
 	sealed := resp.NextCursor
 	if len(resp.Topics) != 0 || sealed == nil || sealed.Topic == "hidden.2" || sealed.Partition != 7 {
-		t.Fatalf("the client gets\n%s", show(resp))
+		t.Fatalf("the client gets\n%s", message.Show(resp))
 	}
 
 	next := &kmsg.DescribeTopicPartitionsRequest{ResponsePartitionLimit: 1,
@@ -24,7 +26,7 @@ func TestACursorAtAHiddenTopicIsSealedForTheClientAndOpenedForTheBroker(t *testi
 	v = describeTopicPartitions(c, next)
 	forward, ok := v.Forward.(*kmsg.DescribeTopicPartitionsRequest)
 	if !ok || forward.Cursor.Topic != "hidden.2" || forward.Cursor.Partition != 7 || forward.ResponsePartitionLimit != 1 {
-		t.Errorf("the broker gets\n%s", show(v.Forward))
+		t.Errorf("the broker gets\n%s", message.Show(v.Forward))
 	}
 	if next.Cursor.Topic != sealed.Topic {
 		t.Error("the request was changed in place")

@@ -11,6 +11,7 @@ import (
 	"github.com/twmb/franz-go/pkg/kmsg"
 
 	"klamm/enforcer/policy"
+	"klamm/test/message"
 )
 
 // FuzzDecide gives every handler messages made up from the fuzzer's bytes, as a request and as the broker's answer to
@@ -43,7 +44,7 @@ rules:
 		c := &Ctx{View: view, Topics: topics}
 		v, _ := decide(c, req)
 		if !bytes.Equal(req.AppendTo(nil), canonical) {
-			t.Errorf("the handler changed the request in place to\n%s", show(req))
+			t.Errorf("the handler changed the request in place to\n%s", message.Show(req))
 		}
 		switch {
 		case v.Close != "":
@@ -88,7 +89,7 @@ func seed(f *testing.F) {
 }
 
 // makeUp fills a message from bytes and passes it over the wire.
-func makeUp(t *testing.T, m message, version int16, from []byte) {
+func makeUp(t *testing.T, m wireMessage, version int16, from []byte) {
 	t.Helper()
 	arbitrary(reflect.ValueOf(m).Elem(), &from)
 	overWire(t, m, version)
@@ -174,11 +175,11 @@ func namesOnlyAllowed(t *testing.T, v reflect.Value, topics topicMap, req kmsg.R
 		}
 	case reflect.String:
 		if v.String() != "" && !strings.HasPrefix(v.String(), "ok") {
-			t.Errorf("forwards %q, which nothing allows:\n%s", v.String(), show(req))
+			t.Errorf("forwards %q, which nothing allows:\n%s", v.String(), message.Show(req))
 		}
 	case reflect.Array:
 		if id := v.Interface().(TopicID); !v.IsZero() && topics[id] != "ok" {
-			t.Errorf("forwards topic id %x, which nothing allows:\n%s", id, show(req))
+			t.Errorf("forwards topic id %x, which nothing allows:\n%s", id, message.Show(req))
 		}
 	}
 }

@@ -10,6 +10,8 @@ import (
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kmsg"
 	"go.yaml.in/yaml/v3"
+
+	"klamm/test/message"
 )
 
 func TestEveryRequestCanBeRefusedAtEveryVersionInItsOwnFormat(t *testing.T) {
@@ -20,7 +22,7 @@ func TestEveryRequestCanBeRefusedAtEveryVersionInItsOwnFormat(t *testing.T) {
 				// Until version 3 only directories have a code, and the request names none.
 				codeless := key == int16(kmsg.DescribeLogDirs) && version < 3
 				if hasCode(reflect.ValueOf(back), kerr.UnsupportedVersion.Code) == codeless {
-					t.Errorf("error code: %v, in\n%s", !codeless, show(back))
+					t.Errorf("error code: %v, in\n%s", !codeless, message.Show(back))
 				}
 				overTheWire(t, Refuse(kmsg.RequestForKey(key), kerr.UnsupportedVersion, ""))
 			})
@@ -86,7 +88,7 @@ func TestAnUnsupportedVersionIsRefusedWhereAnAnswerCanBeWritten(t *testing.T) {
 				t.Fatalf("answer %v, expected %v", got, c.want)
 			}
 			if got != nil && !bytes.Equal(overTheWire(t, got).AppendTo(nil), c.want.AppendTo(nil)) {
-				t.Errorf("answer\n%s\nexpected\n%s", show(got), show(c.want))
+				t.Errorf("answer\n%s\nexpected\n%s", message.Show(got), message.Show(c.want))
 			}
 		})
 	}
@@ -94,7 +96,7 @@ func TestAnUnsupportedVersionIsRefusedWhereAnAnswerCanBeWritten(t *testing.T) {
 
 func TestAProduceRequestWithoutAcksHasNoRefusal(t *testing.T) {
 	if resp := Refuse(&kmsg.ProduceRequest{Version: 9, Acks: 0}, kerr.InvalidRequest, ""); resp != nil {
-		t.Errorf("answer\n%s", show(resp))
+		t.Errorf("answer\n%s", message.Show(resp))
 	}
 }
 

@@ -2,7 +2,6 @@ package authz
 
 import (
 	"bytes"
-	"encoding/hex"
 	"fmt"
 	"net/netip"
 	"os"
@@ -13,11 +12,11 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kmsg"
 	"go.yaml.in/yaml/v3"
 
 	"klamm/enforcer/policy"
+	"klamm/test/message"
 )
 
 // A scenario is one file testdata/<API>/<sentence>.yaml. It is played at every version it names, through real bytes:
@@ -25,9 +24,7 @@ import (
 // that version. A field that a version does not have is therefore dropped from the request and from the expectation
 // alike, and one file may cover versions of different shapes.
 //
-// Messages are written with the field names of kmsg. Fields left out have kmsg's defaults; unknown ones are an error.
-// Topic ids are hex, with leading zeroes left out; bytes are strings; an int16 may be the name of an error code
-// (TOPIC_AUTHORIZATION_FAILED).
+// Messages are written as package message reads them.
 type scenario struct {
 	Versions   string            // "2-8", "3" or "0, 4-6"; every version of the row when empty
 	Policy     yaml.Node         // a policy file without its apiVersion; no rules when absent
@@ -116,12 +113,12 @@ func (s *scenario) play(t *testing.T, view *policy.View, key, version int16) {
 	original := req.AppendTo(nil)
 	v, missing := decide(c, req)
 	if !bytes.Equal(req.AppendTo(nil), original) {
-		t.Errorf("the handler changed the request in place to\n%s", show(req))
+		t.Errorf("the handler changed the request in place to\n%s", message.Show(req))
 	}
 
 	e := &s.Expect
 	if (v.Answer != nil) != !e.Answer.IsZero() {
-		t.Fatalf("answers without the broker: %v; answer:\n%s", v.Answer != nil, show(v.Answer))
+		t.Fatalf("answers without the broker: %v; answer:\n%s", v.Answer != nil, message.Show(v.Answer))
 	}
 	if v.Answer != nil {
 		same(t, "the answer", v.Answer, kmsg.ResponseForKey(key), &e.Answer, version)
@@ -135,7 +132,7 @@ func (s *scenario) play(t *testing.T, view *policy.View, key, version int16) {
 		t.Fatalf("forwards to the broker: %v", toBroker)
 	case toBroker && e.Forward.Value == "original":
 		if v.Forward != nil {
-			t.Errorf("forwards a new request in place of the original bytes:\n%s", show(v.Forward))
+			t.Errorf("forwards a new request in place of the original bytes:\n%s", message.Show(v.Forward))
 		}
 	case toBroker:
 		if v.Forward == nil {
@@ -247,19 +244,10 @@ func (s *scenario) topics(t testing.TB) topicMap {
 }
 
 func topicID(t testing.TB, text string) (id TopicID) {
-	if err := decodeID(text, id[:]); err != nil {
+	if err := message.DecodeID(text, id[:]); err != nil {
 		t.Fatal(err)
 	}
 	return id
-}
-
-func decodeID(text string, id []byte) error {
-	raw, err := hex.DecodeString(fmt.Sprintf("%032s", text))
-	if err != nil || len(raw) != len(id) {
-		return fmt.Errorf("%q is not a topic id of up to 32 hex digits", text)
-	}
-	copy(id, raw)
-	return nil
 }
 
 // lines are checks as a scenario writes them.
@@ -290,8 +278,8 @@ func camel(name string) string {
 	return s.String()
 }
 
-// message is what kmsg's requests and responses have in common.
-type message interface {
+// wireMessage is what kmsg's requests and responses have in common.
+type wireMessage interface {
 	SetVersion(version int16)
 	GetVersion() int16
 	AppendTo(dst []byte) []byte
@@ -299,9 +287,9 @@ type message interface {
 }
 
 // build fills m from a scenario's text and passes it over the wire, so that it is what a peer would decode.
-func build(t testing.TB, text *yaml.Node, m message, version int16) {
+func build(t testing.TB, text *yaml.Node, m wireMessage, version int16) {
 	t.Helper()
-	if err := fill(text, reflect.ValueOf(m).Elem()); err != nil {
+	if err := message.Fill(text, m); err != nil {
 		t.Fatal(err)
 	}
 	wire := overWire(t, m, version)
@@ -311,7 +299,7 @@ func build(t testing.TB, text *yaml.Node, m message, version int16) {
 }
 
 // overWire encodes m at the version and decodes it again into m, which loses the fields the version does not have.
-func overWire(t testing.TB, m message, version int16) (wire []byte) {
+func overWire(t testing.TB, m wireMessage, version int16) (wire []byte) {
 	t.Helper()
 	m.SetVersion(version)
 	wire = m.AppendTo(nil)
@@ -324,114 +312,13 @@ func overWire(t testing.TB, m message, version int16) (wire []byte) {
 }
 
 // same compares a message with the scenario's text as bytes of the version.
-func same(t *testing.T, what string, got, empty message, want *yaml.Node, version int16) {
+func same(t *testing.T, what string, got, empty wireMessage, want *yaml.Node, version int16) {
 	t.Helper()
 	build(t, want, empty, version)
 	if got.GetVersion() != version {
 		t.Errorf("%s has version %d", what, got.GetVersion())
 	}
 	if !bytes.Equal(got.AppendTo(nil), empty.AppendTo(nil)) {
-		t.Errorf("%s is\n%s\nexpected\n%s", what, show(got), show(empty))
-	}
-}
-
-// fill sets v from YAML: the names are those of the Go fields, absent ones get kmsg's defaults.
-func fill(n *yaml.Node, v reflect.Value) error {
-	if d, ok := v.Addr().Interface().(interface{ Default() }); ok {
-		d.Default()
-	}
-	switch kind := v.Kind(); {
-	case n.Tag == "!!null":
-		v.SetZero()
-	case kind == reflect.Pointer:
-		v.Set(reflect.New(v.Type().Elem()))
-		return fill(n, v.Elem())
-	case kind == reflect.Struct && n.Kind == yaml.MappingNode:
-		for i := 0; i < len(n.Content); i += 2 {
-			field := v.FieldByName(n.Content[i].Value)
-			if !field.IsValid() {
-				return fmt.Errorf("line %d: %s has no field %s", n.Content[i].Line, v.Type(), n.Content[i].Value)
-			}
-			if err := fill(n.Content[i+1], field); err != nil {
-				return err
-			}
-		}
-	case v.Type() == reflect.TypeFor[TopicID]():
-		return decodeID(n.Value, v.Slice(0, v.Len()).Bytes())
-	case v.Type() == reflect.TypeFor[[]byte]():
-		v.SetBytes([]byte(n.Value))
-	case kind == reflect.Slice && n.Kind == yaml.SequenceNode:
-		v.Set(reflect.MakeSlice(v.Type(), len(n.Content), len(n.Content)))
-		for i, item := range n.Content {
-			if err := fill(item, v.Index(i)); err != nil {
-				return err
-			}
-		}
-	case v.CanInt() && n.Tag == "!!int": // also into kmsg's enumerations, which by themselves read names only
-		var i int64
-		if err := n.Decode(&i); err != nil || v.OverflowInt(i) {
-			return fmt.Errorf("line %d: %s is no %s", n.Line, n.Value, v.Type())
-		}
-		v.SetInt(i)
-	case kind == reflect.Int16 && errorCodes[n.Value] != 0:
-		v.SetInt(int64(errorCodes[n.Value]))
-	default:
-		return n.Decode(v.Addr().Interface())
-	}
-	return nil
-}
-
-// errorCodes are Kafka's error codes by name.
-var errorCodes = func() map[string]int16 {
-	codes := map[string]int16{}
-	for code := int16(1); code < 1000; code++ {
-		if e := kerr.TypedErrorForCode(code); e != nil && e.Code == code {
-			codes[e.Message] = code
-		}
-	}
-	return codes
-}()
-
-// show prints a message as a scenario would write it.
-func show(m any) string {
-	text, err := yaml.Marshal(plain(reflect.ValueOf(m)))
-	if err != nil {
-		return err.Error()
-	}
-	return string(text)
-}
-
-func plain(v reflect.Value) any {
-	switch v.Kind() {
-	case reflect.Invalid:
-		return nil
-	case reflect.Pointer, reflect.Interface:
-		return plain(v.Elem())
-	case reflect.Struct:
-		defaults := reflect.New(v.Type())
-		if d, ok := defaults.Interface().(interface{ Default() }); ok {
-			d.Default()
-		}
-		fields := map[string]any{}
-		for i := range v.NumField() {
-			if field := v.Type().Field(i); field.IsExported() &&
-				!reflect.DeepEqual(v.Field(i).Interface(), defaults.Elem().Field(i).Interface()) {
-				fields[field.Name] = plain(v.Field(i))
-			}
-		}
-		return fields
-	case reflect.Array:
-		return fmt.Sprintf("%x", v.Interface())
-	case reflect.Slice:
-		if v.Type().Elem().Kind() == reflect.Uint8 {
-			return string(v.Bytes())
-		}
-		items := []any{}
-		for i := range v.Len() {
-			items = append(items, plain(v.Index(i)))
-		}
-		return items
-	default:
-		return v.Interface()
+		t.Errorf("%s is\n%s\nexpected\n%s", what, message.Show(got), message.Show(empty))
 	}
 }
