@@ -209,3 +209,19 @@ func (b *Batches) MarshalZerologArray(a *zerolog.Array) {
 		a.Dict((*b)[i].fields())
 	}
 }
+
+// AcquiredRange are records that a member of a share group has for itself until it acknowledges them (KIP-932).
+type AcquiredRange struct {
+	First, Last int64
+	Deliveries  int16 // how often they have been delivered, this time included
+}
+
+// Acquired is a list of ranges in one line.
+type Acquired []AcquiredRange
+
+// MarshalZerologArray writes the ranges into a line.
+func (l *Acquired) MarshalZerologArray(a *zerolog.Array) {
+	for _, r := range *l {
+		a.Dict(zerolog.Dict().Int64("first_offset", r.First).Int64("last_offset", r.Last).Int16("deliveries", r.Deliveries))
+	}
+}

@@ -51,7 +51,7 @@ func (s *session) answers() error {
 // broker handles one answer of n bytes.
 func (s *session) broker(p *pending, n int) error {
 	s.downSpeaksOf(p.who)
-	if p.Key == int16(kmsg.Fetch) {
+	if p.fetches() {
 		s.refilter(p)
 	}
 	switch p.kind {
@@ -98,7 +98,7 @@ func (s *session) broker(p *pending, n int) error {
 		}
 		s.auditChecks(s.downTrail, p, audit.Allow)
 	default:
-		if p.Key == int16(kmsg.Fetch) {
+		if p.fetches() {
 			if err := s.auditFetch(p, body); err != nil {
 				return err
 			}
@@ -126,7 +126,7 @@ func (s *session) refilter(p *pending) {
 		if merge != nil {
 			merge(c, r)
 		}
-		authz.FilterFetch(c, r.(*kmsg.FetchResponse))
+		authz.FilterFetched(c, r)
 	}
 }
 

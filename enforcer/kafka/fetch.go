@@ -14,7 +14,8 @@ import (
 	"klamm/enforcer/kafka/wire"
 )
 
-// maxLineBatches is how many batches one audit line lists; a partition with more gets several lines.
+// maxLineBatches is how many batches one audit line lists; a partition with more gets several lines. Of ranges of
+// acquired records it lists as many, and counts the rest.
 const maxLineBatches = 256
 
 // fetchReader walks a fetch answer once, front to back, while it is on its way to the client: from the pipe, passing
@@ -28,6 +29,9 @@ type fetchReader struct {
 	sha     hash.Hash
 	header  [records.HeaderLen]byte
 	batches audit.Batches
+	// of a ShareFetch
+	acquired audit.Acquired
+	omitted  int // acquired ranges beyond maxLineBatches
 }
 
 func (r *fetchReader) init() { r.sha = sha256.New() }
@@ -148,6 +152,9 @@ func (s *session) auditFetch(p *pending, body []byte) error {
 func (s *session) readFetch(p *pending) error {
 	r := &s.fetch
 	r.flex = wire.Flexible(p.Key, p.Version)
+	if p.Key == int16(kmsg.ShareFetch) {
+		return s.readShareFetch(p)
+	}
 	if _, err := r.int(4); err != nil { // throttle_time_ms
 		return err
 	}
@@ -168,9 +175,15 @@ func (s *session) readFetch(p *pending) error {
 	for ; topics > 0 && err == nil; topics-- {
 		err = s.readFetchTopic(p)
 	}
-	if err == nil {
-		err = r.tags()
+	if err != nil {
+		return err
 	}
+	return r.end()
+}
+
+// end reads the tagged fields of the whole answer, after which nothing may come.
+func (r *fetchReader) end() error {
+	err := r.tags()
 	if err == nil && r.left != 0 {
 		err = refuse(audit.BadAnswer, "a fetch answer has %d bytes too many", r.left)
 	}
@@ -196,10 +209,7 @@ func (s *session) readFetchTopic(p *pending) error {
 			return err
 		}
 	}
-	var t *topic
-	if name, known := s.downTopics.resolve(s.conn.Cluster, name, id); known {
-		t, _ = s.downTopics.get(name, p.view)
-	}
+	t := s.answered(p, name, id)
 	partitions, err := r.length()
 	for ; partitions > 0 && err == nil; partitions-- {
 		err = s.readFetchPartition(p, t)
@@ -208,6 +218,16 @@ func (s *session) readFetchTopic(p *pending) error {
 		return err
 	}
 	return r.tags()
+}
+
+// answered is the topic that an answer tells of; nil where nobody knows it.
+func (s *session) answered(p *pending, name []byte, id authz.TopicID) *topic {
+	name, known := s.downTopics.resolve(s.conn.Cluster, name, id)
+	if !known {
+		return nil
+	}
+	t, _ := s.downTopics.get(name, p.view)
+	return t
 }
 
 func (r *fetchReader) stringLength() (int, error) {
@@ -244,28 +264,27 @@ func (s *session) readFetchPartition(p *pending, t *topic) error {
 	if err != nil {
 		return err
 	}
-	size, err := r.length()
-	if err != nil {
+	if err = s.readRecords(p, t, int32(partition)); err != nil {
 		return err
 	}
-	if size > 0 {
-		// What was asked for was decided when it was asked; this is for a broker that answers something else.
-		if t == nil || !t.read.Allowed {
-			return refuse(audit.BadAnswer, "the broker sent records of a topic that was not asked for or may not be read")
-		}
-		if err := s.readRecords(p, t, int32(partition), size); err != nil {
-			return err
-		}
-	}
+	s.auditFetched(p, t, int32(partition))
 	return r.tags()
 }
 
-// readRecords takes the evidence of size bytes of batches. The last batch may be cut off by the fetch's size limit; a
+// readRecords takes the evidence of a partition's batches. The last batch may be cut off by the fetch's size limit; a
 // client discards it, and it is no evidence.
-func (s *session) readRecords(p *pending, t *topic, partition int32, size int) error {
+func (s *session) readRecords(p *pending, t *topic, partition int32) error {
 	const head = records.MagicAt + 1
 	r := &s.fetch
 	r.batches = r.batches[:0]
+	size, err := r.length()
+	if err != nil || size == 0 {
+		return err
+	}
+	// What was asked for was decided when it was asked; this is for a broker that answers something else.
+	if t == nil || !t.read.Allowed {
+		return refuse(audit.BadAnswer, "the broker sent records of a topic that was not asked for or may not be read")
+	}
 	for size >= head {
 		b, err := r.take(head)
 		if err != nil {
@@ -312,14 +331,15 @@ func (s *session) readRecords(p *pending, t *topic, partition int32, size int) e
 		}
 		size -= len(b)
 	}
-	if len(r.batches) > 0 {
-		s.auditFetched(p, t, partition)
-	}
 	return nil
 }
 
+// auditFetched writes the line of what was read of a partition, if anything was.
 func (s *session) auditFetched(p *pending, t *topic, partition int32) {
 	r := &s.fetch
+	if len(r.batches) == 0 {
+		return
+	}
 	var count int32
 	var bytes int
 	for i := range r.batches {
@@ -327,10 +347,16 @@ func (s *session) auditFetched(p *pending, t *topic, partition int32) {
 		bytes += r.batches[i].Bytes
 	}
 	s.Metrics.bytes[1].Add(float64(bytes))
-	s.downTrail.Line("operation", verdictOf(t.read)).Str("api", apiName(int16(kmsg.Fetch))).Int16("version", p.Version).
+	e := s.downTrail.Line("operation", verdictOf(t.read)).Str("api", apiName(p.Key)).Int16("version", p.Version).
 		Str("client_id", p.clientID).Str("topic", t.name).Int32("partition", partition).
 		Int64("base_offset", r.batches[0].BaseOffset).Int64("last_offset", r.batches[len(r.batches)-1].LastOffset).
-		Int32("count", count).Int("bytes", bytes).Array("batches", &r.batches).Str("rule", t.read.Rule).
-		Int64("latency_us", time.Since(p.started).Microseconds()).Send()
+		Int32("count", count).Int("bytes", bytes).Array("batches", &r.batches).Str("rule", t.read.Rule)
+	if len(r.acquired) > 0 {
+		e = e.Array("acquired", &r.acquired)
+	}
+	if r.omitted > 0 {
+		e = e.Int("acquired_omitted", r.omitted)
+	}
+	e.Int64("latency_us", time.Since(p.started).Microseconds()).Send()
 	r.batches = r.batches[:0]
 }

@@ -121,7 +121,7 @@ func FuzzFetchInPlace(f *testing.F) {
 			return ctx
 		}
 		inPlace, decoded := open(), open()
-		if !authz.FetchInPlace(inPlace, version, body, s.allowed) {
+		if !authz.FetchInPlace(inPlace, version, body, s.allowed.fetch) {
 			return
 		}
 		req := kmsg.NewPtrFetchRequest()

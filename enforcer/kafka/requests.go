@@ -131,9 +131,17 @@ func (s *session) request(frame []byte, h wire.Header) error {
 		}
 	case kmsg.Fetch:
 		s.ctx.View, s.ctx.Fetch = view, s.fetchSes
-		if authz.FetchInPlace(s.ctx, h.Version, frame[wire.SizePrefix+h.Len:], s.allowed) {
+		if authz.FetchInPlace(s.ctx, h.Version, frame[wire.SizePrefix+h.Len:], s.allowed.fetch) {
 			s.fetchSes = s.ctx.Fetch
 			e.V.kind, e.V.fetch, e.V.view = fetched, s.fetchSes, view
+			return s.forward(e, frame)
+		}
+	case kmsg.ShareFetch:
+		s.ctx.View, s.ctx.Share = view, s.shareSes
+		body := frame[wire.SizePrefix+h.Len:]
+		if authz.ShareFetchInPlace(s.ctx, h.Version, body, s.allowed.shareGroup, s.allowed.shareFetch) {
+			e.V.kind, e.V.view = fetched, view
+			s.auditAcks(&e.V, body)
 			return s.forward(e, frame)
 		}
 	}
@@ -178,7 +186,8 @@ func (s *session) decide(e entry, frame []byte, view *policy.View) error {
 			return err
 		}
 	}
-	ctx := &authz.Ctx{View: view, Topics: s.conn.Cluster, Fetch: s.fetchSes, AutoCreate: s.conn.AutoCreate}
+	ctx := &authz.Ctx{View: view, Topics: s.conn.Cluster, Fetch: s.fetchSes, Share: s.shareSes,
+		AutoCreate: s.conn.AutoCreate}
 	v := authz.Table[h.Key].Decide(ctx, req)
 	if len(ctx.Missing) > 0 {
 		if err := s.up.Flush(); err != nil {
@@ -188,9 +197,7 @@ func (s *session) decide(e entry, frame []byte, view *policy.View) error {
 		ctx.Checks = nil
 		v = authz.Table[h.Key].Decide(ctx, req)
 	}
-	if h.Key == int16(kmsg.Fetch) {
-		s.fetchSes = ctx.Fetch
-	}
+	s.fetchSes, s.shareSes = ctx.Fetch, ctx.Share
 	e.V.ctx, e.V.edit = ctx, v.Edit
 
 	switch {
@@ -224,6 +231,14 @@ func (s *session) decide(e entry, frame []byte, view *policy.View) error {
 		if v.Edit == nil {
 			e.V.kind = fetched
 		}
+	case kmsg.ShareFetch:
+		e.V.view = view
+		if v.Edit == nil {
+			e.V.kind = fetched
+		}
+		s.auditAcks(&e.V, out[wire.SizePrefix+h.Len:])
+	case kmsg.ShareAcknowledge:
+		s.auditAcks(&e.V, out[wire.SizePrefix+h.Len:])
 	case kmsg.Metadata:
 		if v.Edit == nil {
 			e.V.kind = learned

@@ -53,7 +53,11 @@ type session struct {
 	upTopics topicCache
 	ctx      *authz.Ctx // reused by requests that are decided in place
 	fetchSes *authz.FetchSession
-	allowed  func(name []byte, id authz.TopicID) bool
+	shareSes *authz.ShareSession
+	allowed  struct { // of requests that are decided in place
+		fetch, shareFetch func(name []byte, id authz.TopicID) bool
+		shareGroup        func(name []byte) bool
+	}
 	clientID string
 	sequence int32     // correlation ids toward the broker are ours
 	upFor    *binding  // whom upTrail speaks of
@@ -66,6 +70,10 @@ type session struct {
 	txnID      string // the transactional id decided last, under txnView
 	txnView    *policy.View
 	txnAllowed bool
+
+	shareGroup   string // the share group decided last, under shareView
+	shareView    *policy.View
+	shareAllowed bool
 
 	// of the answer loop
 	downTrail  *audit.Trail
@@ -85,7 +93,7 @@ type pending struct {
 	ctx      *authz.Ctx // its checks, and what its edit needs; nil where decided in place
 	edit     func(*authz.Ctx, kmsg.Response)
 	fetch    *authz.FetchSession
-	view     *policy.View // a fetch was decided under it
+	view     *policy.View // a Fetch or ShareFetch was decided under it
 	produce  produced
 	reply    chan []byte // for the answer to a request of our own
 }
@@ -160,7 +168,9 @@ func newSession(ctx context.Context, shared *Shared, c Conn) *session {
 		upTrail: c.Audit.Trail(c.Subject), downTrail: c.Audit.Trail(c.Subject)}
 	s.life, s.die = context.WithCancel(ctx)
 	_ = s.holder.missing(&s.conn.Subject.Identity) // it is taken up at once, as the present identity is
-	s.allowed = s.mayRead
+	s.allowed.fetch = func(name []byte, id authz.TopicID) bool { return s.mayRead(kmsg.Fetch, name, id) }
+	s.allowed.shareFetch = func(name []byte, id authz.TopicID) bool { return s.mayRead(kmsg.ShareFetch, name, id) }
+	s.allowed.shareGroup = s.mayShare
 	s.fetch.init()
 	return s
 }

@@ -54,16 +54,16 @@ func (c *topicCache) resolve(topics authz.Topics, name []byte, id authz.TopicID)
 	return c.name, ok
 }
 
-// mayRead decides a topic of a fetch. The first yes of a connection goes on record: the fetches that find nothing to
-// read, of which there are many, do not.
-func (s *session) mayRead(name []byte, id authz.TopicID) bool {
+// mayRead decides a topic of a Fetch or ShareFetch. The first yes of a connection goes on record: the fetches that find
+// nothing to read, of which there are many, do not.
+func (s *session) mayRead(api kmsg.Key, name []byte, id authz.TopicID) bool {
 	name, known := s.upTopics.resolve(s.conn.Cluster, name, id)
 	if !known {
 		return false
 	}
 	t, fresh := s.upTopics.get(name, s.ctx.View)
 	if fresh && t.read.Allowed {
-		s.upTrail.Line("operation", verdictOf(t.read)).Str("api", "Fetch").Str("client_id", s.clientID).
+		s.upTrail.Line("operation", verdictOf(t.read)).Str("api", apiName(int16(api))).Str("client_id", s.clientID).
 			Str("topic", t.name).Str("rule", t.read.Rule).Bool("first", true).Send()
 	}
 	return t.read.Allowed

@@ -38,6 +38,7 @@ type Ctx struct {
 	// Only the error for a missing topic depends on it: nothing is created without the right to.
 	AutoCreate bool
 	Fetch      *FetchSession // the connection's fetch session, replaced by the fetch handler; nil without one
+	Share      *ShareSession // so for its share session
 
 	Checks  []Check   // every decision, in the order taken
 	Missing []TopicID // ids Topic was asked for and did not know; the session looks them up and calls the handler again

@@ -26,8 +26,8 @@ func consumerGroupDescribe(c *Ctx, req *kmsg.ConsumerGroupDescribeRequest) Verdi
 			group := &resp.Groups[i]
 			if !c.describesAssigned(group, described) {
 				part.Groups = []string{group.Group}
-				*group = as[*kmsg.ConsumerGroupDescribeResponse](Refuse(&part, kerr.TopicAuthorizationFailed,
-					"The group has described topic(s) that the client is not authorized to describe.")).Groups[0]
+				*group = as[*kmsg.ConsumerGroupDescribeResponse](
+					Refuse(&part, kerr.TopicAuthorizationFailed, groupHasHiddenTopics)).Groups[0]
 			}
 			c.limitGroupOperations(group.Group, &group.AuthorizedOperations)
 		}
@@ -45,13 +45,18 @@ func (c *Ctx) describesAssigned(group *kmsg.ConsumerGroupDescribeResponseGroup, 
 	all := true
 	for _, m := range group.Members {
 		for _, t := range slices.Concat(m.Assignment.TopicPartitions, m.TargetAssignment.TopicPartitions) {
-			allowed, known := decided[t.Topic]
-			if !known {
-				allowed = c.AllowTopic(t.Topic, kmsg.ACLOperationDescribe)
-				decided[t.Topic] = allowed
-			}
-			all = all && allowed
+			all = c.describesOnce(t.Topic, decided) && all
 		}
 	}
 	return all
+}
+
+// describesOnce decides Topic Describe, and remembers the outcome.
+func (c *Ctx) describesOnce(topic string, decided map[string]bool) bool {
+	allowed, known := decided[topic]
+	if !known {
+		allowed = c.AllowTopic(topic, kmsg.ACLOperationDescribe)
+		decided[topic] = allowed
+	}
+	return allowed
 }

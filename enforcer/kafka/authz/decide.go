@@ -18,7 +18,8 @@ const (
 	clusterAuthorizationFailed = "Cluster authorization failed."
 	invalidRequest             = "This most likely occurs because of a request being malformed by the client library or " +
 		"the message was sent to an incompatible broker. See the broker logs for more details."
-	unknownTopicID = "This server does not host this topic ID."
+	unknownTopicID       = "This server does not host this topic ID."
+	groupHasHiddenTopics = "The group has described topic(s) that the client is not authorized to describe."
 )
 
 // as is the message as the type kmsg has for its key and direction; any other is a mistake in the table.

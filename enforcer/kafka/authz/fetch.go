@@ -302,9 +302,18 @@ func (u *upstreamFetch) forget(name string, id TopicID, partition int32) {
 	t.Partitions = append(t.Partitions, partition)
 }
 
-// FilterFetch takes out of an answer what the view does not let the client read: the policy changed while the broker
-// was waiting for records.
-func FilterFetch(c *Ctx, resp *kmsg.FetchResponse) {
+// FilterFetched takes out of the answer to a Fetch or ShareFetch what the view does not let the client read: the policy
+// changed while the broker was waiting for records.
+func FilterFetched(c *Ctx, resp kmsg.Response) {
+	switch resp := resp.(type) {
+	case *kmsg.FetchResponse:
+		filterFetch(c, resp)
+	case *kmsg.ShareFetchResponse:
+		filterShareFetch(c, resp)
+	}
+}
+
+func filterFetch(c *Ctx, resp *kmsg.FetchResponse) {
 	for i := range resp.Topics {
 		t := &resp.Topics[i]
 		refused := c.fetchRefusal(resp.Version, t.Topic, t.TopicID)

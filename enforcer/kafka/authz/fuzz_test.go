@@ -137,15 +137,16 @@ func arbitrary(v reflect.Value, from *[]byte) {
 
 // resourceFields name topics, groups and transactional ids in requests.
 var resourceFields = []string{
-	"CoordinatorKey", "CoordinatorKeys", "Group", "Groups", "SubscribedTopicNames", "Topic", "TopicID", "TopicNames",
-	"Topics", "TransactionalID",
+	"CoordinatorKey", "CoordinatorKeys", "Group", "GroupID", "GroupIDs", "Groups", "SubscribedTopicNames", "Topic",
+	"TopicID", "TopicNames", "Topics", "TransactionalID",
 }
 
 // unasked are lists of a request that may name anything, since the broker shows nothing for it.
 var unasked = map[kmsg.Key]string{
 	kmsg.Fetch:                   "ForgottenTopics", // leave the fetch session
 	kmsg.ConsumerGroupHeartbeat:  "Topics",          // what the member was assigned
-	kmsg.DescribeTopicPartitions: "Topics",          // what stands before the cursor is skipped
+	kmsg.ShareFetch:              "ForgottenTopicsData",
+	kmsg.DescribeTopicPartitions: "Topics", // what stands before the cursor is skipped
 }
 
 // namesOnlyAllowed walks a request that leaves for the broker.

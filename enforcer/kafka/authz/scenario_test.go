@@ -31,8 +31,12 @@ type scenario struct {
 	Subject    subject           // User:alice when absent
 	Topics     map[string]string // topic id: name, what the cluster is known to have
 	AutoCreate bool              // the cluster creates topics that Metadata names
-	Request    yaml.Node
-	Expect     struct {
+	Before     struct {          // what came on the connection before
+		Policy   yaml.Node // by which it was decided; the scenario's own when absent
+		Requests []yaml.Node
+	}
+	Request yaml.Node
+	Expect  struct {
 		Forward yaml.Node // "original", or the reduced request; absent when the broker hears nothing
 		Answer  yaml.Node // our own answer
 		Close   string    // why the connection is closed
@@ -108,6 +112,7 @@ func keyNamed(name string) int16 {
 
 func (s *scenario) play(t *testing.T, view *policy.View, key, version int16) {
 	c := &Ctx{View: view, Topics: s.topics(t), AutoCreate: s.AutoCreate}
+	s.playBefore(t, c, key, version)
 	req := kmsg.RequestForKey(key)
 	build(t, &s.Request, req, version)
 	original := req.AppendTo(nil)
@@ -176,6 +181,21 @@ func (s *scenario) play(t *testing.T, view *policy.View, key, version int16) {
 	}
 }
 
+// playBefore leaves the sessions behind in c.
+func (s *scenario) playBefore(t *testing.T, c *Ctx, key, version int16) {
+	before := Ctx{View: c.View, Topics: c.Topics, AutoCreate: c.AutoCreate}
+	if !s.Before.Policy.IsZero() {
+		before.View = s.viewOf(t, &s.Before.Policy)
+	}
+	for i := range s.Before.Requests {
+		req := kmsg.RequestForKey(key)
+		build(t, &s.Before.Requests[i], req, version)
+		decide(&before, req)
+		before = Ctx{View: before.View, Topics: c.Topics, AutoCreate: c.AutoCreate, Fetch: before.Fetch, Share: before.Share}
+	}
+	c.Fetch, c.Share = before.Fetch, before.Share
+}
+
 // decide asks the handler as a session does: once more when it missed topic ids.
 func decide(c *Ctx, req kmsg.Request) (v Verdict, missing []TopicID) {
 	api := &Table[req.Key()]
@@ -187,12 +207,14 @@ func decide(c *Ctx, req kmsg.Request) (v Verdict, missing []TopicID) {
 	return v, missing
 }
 
-func (s *scenario) view(t testing.TB) *policy.View {
+func (s *scenario) view(t testing.TB) *policy.View { return s.viewOf(t, &s.Policy) }
+
+func (s *scenario) viewOf(t testing.TB, rules *yaml.Node) *policy.View {
 	text := []byte("rules: []")
-	if !s.Policy.IsZero() {
-		s.Policy.Style &^= yaml.FlowStyle // it follows a line of its own
+	if !rules.IsZero() {
+		rules.Style &^= yaml.FlowStyle // it follows a line of its own
 		var err error
-		if text, err = yaml.Marshal(&s.Policy); err != nil {
+		if text, err = yaml.Marshal(rules); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -56,7 +56,20 @@ func init() {
 		kmsg.ConsumerGroupHeartbeat: {Min: 0, Max: 1, Decide: handle(consumerGroupHeartbeat)},
 		kmsg.ConsumerGroupDescribe:  {Min: 0, Max: 1, Decide: handle(consumerGroupDescribe)},
 
-		// Share groups (KIP-932).
+		// Share groups (KIP-932). What their clients used in the preview of Kafka 4.0, version 0, no other Kafka speaks.
+		kmsg.ShareGroupHeartbeat:       {Min: 1, Max: 1, Decide: handle(shareGroupHeartbeat)},
+		kmsg.ShareGroupDescribe:        {Min: 1, Max: 1, Decide: handle(shareGroupDescribe)},
+		kmsg.ShareFetch:                {Min: 1, Max: 2, Decide: handle(shareFetch)},
+		kmsg.ShareAcknowledge:          {Min: 1, Max: 2, Decide: handle(shareAcknowledge)},
+		kmsg.DescribeShareGroupOffsets: {Min: 0, Max: 1, Decide: handle(describeShareGroupOffsets)},
+		kmsg.AlterShareGroupOffsets:    {Min: 0, Max: 0, Decide: handle(alterShareGroupOffsets)},
+		kmsg.DeleteShareGroupOffsets:   {Min: 0, Max: 0, Decide: handle(deleteShareGroupOffsets)},
+
+		kmsg.InitializeShareGroupState:  {Min: 0, Max: 0, Decide: shareGroupState},
+		kmsg.ReadShareGroupState:        {Min: 0, Max: 0, Decide: shareGroupState},
+		kmsg.WriteShareGroupState:       {Min: 0, Max: 1, Decide: shareGroupState},
+		kmsg.DeleteShareGroupState:      {Min: 0, Max: 0, Decide: shareGroupState},
+		kmsg.ReadShareGroupStateSummary: {Min: 0, Max: 1, Decide: shareGroupState},
 
 		// Streams groups (KIP-1071).
 

@@ -1,0 +1,39 @@
+package authz
+
+import (
+	"github.com/twmb/franz-go/pkg/kerr"
+	"github.com/twmb/franz-go/pkg/kmsg"
+)
+
+// alterShareGroupOffsets (KIP-932): Group Read, then Topic Read. Refused topics come before the broker's, between those
+// that do not exist in the order asked, and are left out where the broker reports an error of the whole group, which it
+// is asked for also when no topic is left.
+func alterShareGroupOffsets(c *Ctx, req *kmsg.AlterShareGroupOffsetsRequest) Verdict {
+	if err := c.judgeGroup(req.GroupID, kmsg.ACLOperationRead); err != nil {
+		return Verdict{Answer: Refuse(req, err, groupAuthorizationFailed)}
+	}
+	kept, out := sift(req.Topics, func(t *kmsg.AlterShareGroupOffsetsRequestTopic) *kerr.Error {
+		return c.judgeTopic(false, t.Topic, TopicID{}, kmsg.ACLOperationRead)
+	})
+	if len(out) == 0 {
+		return Verdict{}
+	}
+	forward := *req
+	forward.Topics = kept
+	var refused []kmsg.AlterShareGroupOffsetsResponseTopic
+	for _, t := range out[0].entries {
+		r := kmsg.NewAlterShareGroupOffsetsResponseTopic()
+		r.Topic = t.Topic
+		for _, p := range t.Partitions {
+			rp := kmsg.NewAlterShareGroupOffsetsResponseTopicPartition()
+			rp.Partition, rp.ErrorCode, rp.ErrorMessage = p.Partition, out[0].err.Code, new(topicAuthorizationFailed)
+			r.Partitions = append(r.Partitions, rp)
+		}
+		refused = append(refused, r)
+	}
+	return Verdict{Forward: &forward, Edit: edit(func(_ *Ctx, resp *kmsg.AlterShareGroupOffsetsResponse) {
+		if resp.ErrorCode == 0 {
+			resp.Topics = append(refused, resp.Topics...)
+		}
+	})}
+}

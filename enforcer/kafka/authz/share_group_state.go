@@ -1,0 +1,16 @@
+package authz
+
+import (
+	"github.com/twmb/franz-go/pkg/kerr"
+	"github.com/twmb/franz-go/pkg/kmsg"
+)
+
+// The five requests a broker sends to the share coordinator (KIP-932: InitializeShareGroupState, ReadShareGroupState,
+// WriteShareGroupState, DeleteShareGroupState, ReadShareGroupStateSummary): Cluster ClusterAction, and all or nothing.
+// They are in one file because a broker treats them all alike.
+func shareGroupState(c *Ctx, req kmsg.Request) Verdict {
+	if c.AllowCluster(kmsg.ACLOperationClusterAction) {
+		return Verdict{}
+	}
+	return Verdict{Answer: Refuse(req, kerr.ClusterAuthorizationFailed, clusterAuthorizationFailed)}
+}
