@@ -49,7 +49,8 @@ func New(o Options) *Enforcer {
 		Policy:   &e.policy,
 		Requests: wire.NewBudget(held(o.Memory)),
 		Answers:  wire.NewBudget(held(o.Memory)),
-		Decoded:  wire.NewBudget(o.Memory - 2*held(o.Memory)),
+		Decoded:  wire.NewBudget(o.Memory / 4),
+		Kept:     wire.NewBudget(o.Memory / 8),
 		MaxFrame: o.MaxFrame,
 		Tokens:   o.Tokens, CloseOnLoss: o.CloseOnLoss,
 		Metrics: kafka.NewMetrics(o.Metrics),
@@ -57,12 +58,12 @@ func New(o Options) *Enforcer {
 	return e
 }
 
-// held is the part of the memory for requests, and that for answers; the rest is for what is decoded. They are separate
-// because what waits for one may hold another.
-func held(memory int64) int64 { return memory / 8 * 3 }
+// held is the part of the memory for requests, and that for answers; a quarter is for what is decoded, an eighth for
+// what is kept of requests. They are separate because what waits for one may hold another.
+func held(memory int64) int64 { return memory / 16 * 5 }
 
 // MinMemory is the least memory with which a request of maxFrame bytes fits.
-func MinMemory(maxFrame int64) int64 { return (wire.HeldSize(int(maxFrame)) + 2) / 3 * 8 }
+func MinMemory(maxFrame int64) int64 { return (wire.HeldSize(int(maxFrame)) + 4) / 5 * 16 }
 
 // SetPolicy replaces the policy; every connection decides by it from its next frame on, and opaque ones that it does
 // not allow any more are closed.

@@ -151,8 +151,8 @@ type AuditConfig struct {
 type LimitsConfig struct {
 	// The largest request, 1KiB to below 2GiB. Default: 100MiB, as Kafka's socket.request.max.bytes.
 	MaxFrame strict.Size `yaml:"max-frame"`
-	// For the frames of all connections that are held whole: three eighths each for requests and answers, the rest for
-	// what is decoded of them. Default: 512MiB.
+	// For the frames of all connections that are held whole: 5/16 each for requests and answers, 4/16 for what is decoded
+	// of them, 2/16 for what is kept of requests until they are answered. Default: 512MiB.
 	Memory strict.Size `yaml:"memory"`
 	// Open at a time, at least 1. Default: 10000.
 	Connections int `yaml:"connections"`

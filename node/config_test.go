@@ -299,9 +299,9 @@ func TestWhatIsWrongIsSaidWithLineAndColumn(t *testing.T) {
 		"a frame of 2GiB": {
 			smallest + "limits: {max-frame: 2GiB, memory: 4GiB}", `2:21: want 1KiB to below 2GiB`},
 		"less memory than one frame": {
-			smallest + "limits: {memory: 99MiB}", `2:18: want at least 342MiB`},
+			smallest + "limits: {memory: 99MiB}", `2:18: want at least 410MiB`},
 		"more frame than memory": {
-			smallest + "limits: {max-frame: 512MiB}", `2:9: want at least 1366MiB`},
+			smallest + "limits: {max-frame: 512MiB}", `2:9: want at least 1639MiB`},
 		"no connections": {
 			smallest + "limits: {connections: 0}", `2:23: want at least 1`},
 		"a timeout in plain numbers": {

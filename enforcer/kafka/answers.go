@@ -17,7 +17,7 @@ func (s *session) answers() error {
 	for {
 		b, err := s.down.Need(wire.SizePrefix + 4)
 		if err != nil {
-			return fromPipe(err)
+			return fromPipe(err, audit.BadAnswer)
 		}
 		size, sequence := int(int32(binary.BigEndian.Uint32(b))), int32(binary.BigEndian.Uint32(b[wire.SizePrefix:]))
 		e := s.queue.Next()
@@ -66,7 +66,7 @@ func (s *session) broker(p *pending, n int) error {
 	}
 	frame, err := s.down.Need(n)
 	if err != nil {
-		return fromPipe(err)
+		return fromPipe(err, audit.BadAnswer)
 	}
 	original := frame
 	switch {
@@ -80,8 +80,7 @@ func (s *session) broker(p *pending, n int) error {
 	}
 	changed := &frame[0] != &original[0]
 	if changed {
-		s.down.Drop(n)
-		s.down.Emit(frame)
+		s.down.Replace(n, frame)
 	}
 	body := frame[min(len(frame), wire.ResponseHeaderLen(p.Key, p.Version)):]
 	switch p.kind {
@@ -92,7 +91,7 @@ func (s *session) broker(p *pending, n int) error {
 		s.auditChecks(s.downTrail, p, audit.Allow)
 	case learned:
 		_, weight, err := s.decode(p, frame)
-		s.Decoded.Release(weight)
+		s.memory.decoding.Release(weight)
 		if err != nil {
 			return err
 		}
@@ -133,7 +132,7 @@ func (s *session) refilter(p *pending) {
 // edit decodes an answer, lets the verdict change it, and encodes it anew.
 func (s *session) edit(p *pending, frame []byte) ([]byte, error) {
 	resp, weight, err := s.decode(p, frame)
-	defer s.Decoded.Release(weight)
+	defer s.memory.decoding.Release(weight)
 	if err != nil {
 		return nil, err
 	}
@@ -144,14 +143,15 @@ func (s *session) edit(p *pending, frame []byte) ([]byte, error) {
 		s.resolve(p.ctx)
 		p.ctx.Checks = p.ctx.Checks[:checks]
 		again, weight, err := s.decode(p, frame)
-		defer s.Decoded.Release(weight)
+		defer s.memory.decoding.Release(weight)
 		if err != nil {
 			return nil, err
 		}
 		p.edit(p.ctx, again)
 		resp = again
 	}
-	return wire.AppendResponse(nil, p.Correlation, resp), nil
+	const more = 512 // than there was, for what is merged into it
+	return wire.AppendResponse(make([]byte, 0, len(frame)+more), p.Correlation, resp), nil
 }
 
 // decode reads a whole answer; what it says of topic ids is taken up. The weight is what it holds of the budget, also
@@ -174,7 +174,7 @@ func (s *session) decode(p *pending, frame []byte) (resp kmsg.Response, weight i
 	}
 	if weight += int64(len(frame)); weight <= wire.BaseBuffer {
 		weight = 0
-	} else if err = s.Decoded.Acquire(weight); err != nil {
+	} else if err = s.memory.decoding.Acquire(weight); err != nil {
 		return nil, 0, &Error{audit.OutOfMemory, err}
 	}
 	resp = req.ResponseKind()
@@ -196,8 +196,8 @@ func refusesVersion(key int16, body []byte) bool {
 // stream passes n bytes as they come.
 func (s *session) stream(n int) error {
 	for n > 0 {
-		if _, err := s.down.Need(1); err != nil {
-			return fromPipe(err)
+		if _, err := s.down.Rest(1); err != nil {
+			return fromPipe(err, audit.BadAnswer)
 		}
 		k := min(n, s.down.Buffered())
 		s.down.Pass(k)

@@ -47,9 +47,9 @@ func (r *fetchReader) take(n int) ([]byte, error) {
 		r.mem = r.mem[n:]
 		return b, nil
 	}
-	b, err := r.pipe.Need(n)
+	b, err := r.pipe.Rest(n)
 	if err != nil {
-		return nil, fromPipe(err)
+		return nil, fromPipe(err, audit.BadAnswer)
 	}
 	r.pipe.Pass(n)
 	return b, nil
@@ -58,8 +58,8 @@ func (r *fetchReader) take(n int) ([]byte, error) {
 // some returns at least one and at most n of the next bytes: what is there already.
 func (r *fetchReader) some(n int) ([]byte, error) {
 	if r.pipe != nil {
-		if _, err := r.pipe.Need(min(n, 1)); err != nil {
-			return nil, fromPipe(err)
+		if _, err := r.pipe.Rest(min(n, 1)); err != nil {
+			return nil, fromPipe(err, audit.BadAnswer)
 		}
 		n = min(n, r.pipe.Buffered())
 	}

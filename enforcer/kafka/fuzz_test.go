@@ -190,7 +190,7 @@ func FuzzFetchAnswer(f *testing.F) {
 		}
 		frame = append(frame, body...)
 		var out bytes.Buffer
-		s.down = wire.NewPipe(bytes.NewReader(frame), &out, s.Answers, nil, nil)
+		s.down = wire.NewPipe(bytes.NewReader(frame), &out, s.Answers.Open("", nil, nil), nil, nil)
 		if err := s.streamFetch(p, len(frame)); (err == nil) != (held == nil) {
 			t.Fatalf("held: %v, streamed: %v", held, err)
 		}

@@ -31,6 +31,7 @@ type Shared struct {
 	Requests *wire.Budget                   // for requests held whole
 	Answers  *wire.Budget                   // for answers held whole
 	Decoded  *wire.Budget                   // for what is decoded of either
+	Kept     *wire.Budget                   // for what is kept of requests until they are answered
 	MaxFrame int                            // largest request, in bytes (Kafka: socket.request.max.bytes)
 	Metrics  *Metrics
 	Tokens   Tokens // nil: no issuer is trusted

@@ -108,12 +108,12 @@ func (s *session) endsOpaque(key int16) {
 // illegal refuses what may not come within an exchange, and ends the connection.
 func (s *session) illegal(e entry, frame []byte) error {
 	cause := refuse(audit.LoginRefused, "%s within a SASL exchange", apiName(e.V.Key))
-	req, _, release, err := s.decodeRequest(e, frame)
+	d, err := s.decodeRequest(e, frame)
 	if err != nil {
 		return errors.Join(cause, err)
 	}
-	defer release()
-	return s.refuseWith(e, frame, authz.Refuse(req, kerr.IllegalSaslState, ""), cause)
+	defer d.release()
+	return s.refuseWith(e, frame, authz.Refuse(d.req, kerr.IllegalSaslState, ""), cause)
 }
 
 // refuseWith gives our answer, if there is one, and ends the connection behind it.
@@ -260,7 +260,7 @@ func (s *session) verify(claim *sasl.Claim) (*spiffe.Evidence, error) {
 // waits for it, so nothing else looks at the attempt meanwhile.
 func (s *session) afterLogin(p *pending, frame []byte) ([]byte, error) {
 	answer, weight, err := s.decode(p, frame)
-	s.Decoded.Release(weight)
+	s.memory.decoding.Release(weight)
 	if err != nil {
 		return nil, err
 	}

@@ -710,7 +710,7 @@ func TestNoSecretStaysInMemoryOfOurs(t *testing.T) {
 				rig.who.become(identified(""), true)
 			}
 			s := newSession(t.Context(), rig.shared, rig.conn(nil, nil))
-			s.queue = wire.NewQueue[pending](io.Discard, maxInFlight)
+			s.queue = wire.NewQueue[pending](io.Discard, maxInFlight, s.memory.kept)
 			frame := requestFrame(1, authenticateRequest(c.msg))
 			if strings.HasSuffix(name, "anew") { // the length of the message in one byte more than it takes
 				at := bytes.Index(frame, []byte(c.msg))
@@ -720,7 +720,7 @@ func TestNoSecretStaysInMemoryOfOurs(t *testing.T) {
 			}
 			broker := &answering{session: s}
 			in := bytes.NewReader(frame[:len(frame)-c.lacks])
-			s.up = wire.NewPipe(in, broker, rig.shared.Requests, nil, nil)
+			s.up = wire.NewPipe(in, broker, s.memory.requested, nil, nil)
 			if c.mechanism != "" {
 				s.attempt = &attempt{Exchange: sasl.Exchange{Mechanism: c.mechanism}}
 			}

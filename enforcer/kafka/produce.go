@@ -3,6 +3,7 @@ package kafka
 import (
 	"crypto/sha256"
 	"time"
+	"unsafe"
 
 	"github.com/twmb/franz-go/pkg/kmsg"
 
@@ -29,7 +30,25 @@ type producedPart struct {
 	answered   bool
 }
 
-func (p produced) reset() produced { return produced{parts: p.parts[:0], batches: p.batches[:0]} }
+const (
+	// maxProduced is how many partitions or batches one request may have: it bounds the memory of their evidence. (With
+	// Kafka's max.request.size of 1 MiB it cannot have a quarter of it.)
+	maxProduced = 1 << 16
+	// maxReused is how many partitions and batches an entry keeps room for when it is used again.
+	maxReused = 64
+)
+
+func (p produced) reset() produced {
+	if cap(p.parts)+cap(p.batches) > maxReused {
+		return produced{}
+	}
+	return produced{parts: p.parts[:0], batches: p.batches[:0]}
+}
+
+func (p *produced) weight() int64 {
+	const part, batch = unsafe.Sizeof(producedPart{}), unsafe.Sizeof(audit.Batch{})
+	return int64(cap(p.parts))*int64(part) + int64(cap(p.batches))*int64(batch)
+}
 
 // produceInPlace decides a produce without decoding it, where everything in it is allowed, and takes its evidence.
 // Otherwise nothing was decided, and the decoded request must be.
@@ -38,9 +57,15 @@ func (s *session) produceInPlace(e *wire.Entry[pending], frame []byte, view *pol
 }
 
 // produceEvidence takes the evidence of the produce that is forwarded, after it was decided.
-func (s *session) produceEvidence(e *wire.Entry[pending], frame []byte, view *policy.View) bool {
+func (s *session) produceEvidence(e *wire.Entry[pending], frame []byte, view *policy.View) error {
 	e.V.produce = e.V.produce.reset()
-	return s.scanProduce(e, frame, view, true)
+	switch {
+	case s.scanProduce(e, frame, view, true):
+		return nil
+	case len(e.V.produce.parts) > maxProduced || len(e.V.produce.batches) > maxProduced:
+		return refuse(audit.OutOfMemory, "a Produce with more than %d partitions or batches", maxProduced)
+	}
+	return refuse(audit.Undecodable, "Produce v%d with record batches that are not of magic 2", e.V.Version)
 }
 
 func (s *session) scanProduce(e *wire.Entry[pending], frame []byte, view *policy.View, decided bool) bool {
@@ -71,11 +96,15 @@ func (s *session) scanProduce(e *wire.Entry[pending], frame []byte, view *policy
 			}
 			part.end = len(p.produce.batches)
 			p.produce.parts = append(p.produce.parts, part)
+			if len(p.produce.parts) > maxProduced {
+				return false
+			}
 			c.SkipTags()
 		}
 		c.SkipTags()
 	}
 	c.SkipTags()
+	p.keeps += p.produce.weight()
 	return !c.Bad && c.Off == len(frame)
 }
 
@@ -106,7 +135,7 @@ func (p *produced) take(b []byte) (transactional, ok bool) {
 		}
 		h := records.Header(b)
 		n := h.Len()
-		if h.Magic() != 2 || n < records.HeaderLen || n > len(b) {
+		if h.Magic() != 2 || n < records.HeaderLen || n > len(b) || len(p.batches) > maxProduced {
 			return false, false
 		}
 		transactional = transactional || h.Transactional()

@@ -79,7 +79,7 @@ func (s *session) replied(p *pending, n int) error {
 	}
 	frame, err := s.down.Need(n)
 	if err != nil {
-		return fromPipe(err)
+		return fromPipe(err, audit.BadAnswer)
 	}
 	p.reply <- append([]byte(nil), frame[head:]...)
 	s.down.Drop(n)

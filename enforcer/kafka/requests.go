@@ -69,7 +69,7 @@ func (s *session) flushBefore(err error) error {
 // cutShort: a client that ends within a frame was no Kafka client, or died; what it began is refused.
 func cutShort(err error) error {
 	if errors.Is(err, io.EOF) || !errors.Is(err, io.ErrUnexpectedEOF) {
-		return fromPipe(err)
+		return fromPipe(err, audit.BadFrame)
 	}
 	return refuse(audit.BadFrame, "the client ended within a frame")
 }
@@ -148,40 +148,58 @@ func (s *session) request(frame []byte, h wire.Header) error {
 	return s.decide(e, frame, view)
 }
 
+// decoded is a request while it is decided.
+type decoded struct {
+	req     kmsg.Request
+	body    []byte
+	keeps   int64  // bytes of memory, at most, that last where a verdict keeps parts of it
+	release func() // gives back what it takes of the budget
+}
+
 // decodeRequest decodes a copy of the frame's body, because a verdict may keep parts of the request until the answer
-// comes. The memory it takes of the budget is given back by release.
-func (s *session) decodeRequest(e entry, frame []byte) (req kmsg.Request, body []byte, release func(), err error) {
+// comes: but of a produce, which is large.
+func (s *session) decodeRequest(e entry, frame []byte) (d decoded, err error) {
 	h := e.V.Header
 	weight, err := wire.CheckRequest(h.Key, h.Version, frame[wire.SizePrefix+h.Len:])
 	if err != nil {
-		return nil, nil, nil, &Error{audit.Undecodable, err}
+		return d, &Error{audit.Undecodable, err}
 	}
-	if weight = weight*handledRequest + int64(len(frame))*copiedRequest; weight <= wire.BaseBuffer {
-		weight = 0
-	} else if err := s.Decoded.Acquire(weight); err != nil {
-		return nil, nil, nil, &Error{audit.OutOfMemory, err}
+	d = decoded{body: frame[wire.SizePrefix+h.Len:], keeps: weight}
+	share := weight*handledRequest + int64(len(frame)) // the frame again, as it is to go out
+	if kmsg.Key(h.Key) != kmsg.Produce {               // of which nothing is kept but names
+		share += int64(len(d.body))
+		d.keeps += int64(len(d.body))
 	}
-	body = append([]byte(nil), frame[wire.SizePrefix+h.Len:]...)
-	req = kmsg.RequestForKey(h.Key)
-	req.SetVersion(h.Version)
-	if err := req.ReadFrom(body); err != nil {
-		clear(body)
-		s.Decoded.Release(weight)
-		return nil, nil, nil, refuse(audit.Undecodable, "%s v%d of %d bytes: %w", apiName(h.Key), h.Version, len(body), err)
+	if share <= wire.BaseBuffer {
+		share = 0
+	} else if err := s.memory.decoding.Acquire(share); err != nil {
+		return d, &Error{audit.OutOfMemory, err}
 	}
-	return req, body, func() { s.Decoded.Release(weight) }, nil
+	d.release = func() { s.memory.decoding.Release(share) }
+	if kmsg.Key(h.Key) != kmsg.Produce {
+		d.body = bytes.Clone(d.body)
+	}
+	d.req = kmsg.RequestForKey(h.Key)
+	d.req.SetVersion(h.Version)
+	if err := d.req.ReadFrom(d.body); err != nil {
+		clear(d.body)
+		d.release()
+		return d, refuse(audit.Undecodable, "%s v%d of %d bytes: %w", apiName(h.Key), h.Version, len(d.body), err)
+	}
+	return d, nil
 }
 
 // decide is the way of every request that is not decided in place: decode, ask the handler, act on its verdict.
 func (s *session) decide(e entry, frame []byte, view *policy.View) error {
 	h := e.V.Header
-	req, body, release, err := s.decodeRequest(e, frame)
+	d, err := s.decodeRequest(e, frame)
 	if err != nil {
 		return err
 	}
-	defer release()
+	defer d.release()
+	req := d.req
 	if isLogin(h.Key) {
-		defer clear(body) // a password may stand in it
+		defer clear(d.body) // a password may stand in it
 		if answered, err := s.beforeLogin(e, frame, req, e.V.who); answered || err != nil {
 			return err
 		}
@@ -199,6 +217,7 @@ func (s *session) decide(e entry, frame []byte, view *policy.View) error {
 	}
 	s.fetchSes, s.shareSes = ctx.Fetch, ctx.Share
 	e.V.ctx, e.V.edit = ctx, v.Edit
+	e.V.keeps = weigh(ctx.Checks)
 
 	switch {
 	case v.Close != "":
@@ -209,6 +228,7 @@ func (s *session) decide(e entry, frame []byte, view *policy.View) error {
 	}
 	if v.Edit != nil {
 		e.V.kind = edited
+		e.V.keeps += d.keeps
 	}
 	forward := v.Forward
 	if forward == nil {
@@ -223,8 +243,8 @@ func (s *session) decide(e entry, frame []byte, view *policy.View) error {
 	}
 	switch kmsg.Key(h.Key) {
 	case kmsg.Produce:
-		if !s.produceEvidence(e, out, view) {
-			return refuse(audit.Undecodable, "Produce v%d with record batches that are not of magic 2", h.Version)
+		if err := s.produceEvidence(e, out, view); err != nil {
+			return err
 		}
 	case kmsg.Fetch:
 		e.V.fetch, e.V.view = ctx.Fetch, view
@@ -288,15 +308,19 @@ func (s *session) answer(e entry, frame []byte, resp kmsg.Response, verdict audi
 		return err
 	}
 	e.Ours = wire.AppendResponse(nil, e.V.Correlation, resp)
+	e.V.ctx, e.V.keeps = nil, int64(len(e.Ours))
 	s.up.Drop(len(frame))
 	return s.push(e)
 }
 
 func (s *session) push(e entry) error {
-	if s.queue.Full() {
+	if e.V.keeps > wire.BaseBuffer || s.queue.Full() {
 		if err := s.up.Flush(); err != nil {
 			return err
 		}
+	}
+	if err := s.queue.Keep(e, e.V.keeps); err != nil {
+		return fromPipe(err, audit.OutOfMemory)
 	}
 	return s.queue.Push(e)
 }
@@ -317,9 +341,8 @@ func (s *session) send(e entry, frame, out []byte) error {
 	}
 	if &out[0] == &frame[0] {
 		s.up.Pass(len(frame))
-		return nil
+	} else {
+		s.up.Replace(len(frame), out)
 	}
-	s.up.Drop(len(frame))
-	s.up.Emit(out)
 	return nil
 }

@@ -81,6 +81,7 @@ func newRig(t testing.TB, rules string) *rig {
 			Requests: wire.NewBudget(budget),
 			Answers:  wire.NewBudget(budget),
 			Decoded:  wire.NewBudget(budget),
+			Kept:     wire.NewBudget(budget),
 			MaxFrame: 16 << 20,
 			Metrics:  NewMetrics(prometheus.NewRegistry()),
 		},

@@ -22,7 +22,6 @@ const (
 	maxInFlight    = 256              // answers owed to one client; more wait in its socket (Kafka clients: 5 to 1000)
 	resolveTimeout = 5 * time.Second  // for looking topic ids up
 	handledRequest = 2                // times its decoded size: itself, and the part or the answer a verdict makes of it
-	copiedRequest  = 3                // times its bytes: the copy, its encoding to compare, what is sent instead
 	drainTimeout   = 10 * time.Second // for the answers that are owed when one side has ended
 )
 
@@ -35,10 +34,11 @@ type session struct {
 	up    *wire.Pipe // client to broker
 	down  *wire.Pipe // broker to client
 
-	life  context.Context //nolint:containedctx // of what waits for others than the two sides
-	die   context.CancelFunc
-	left  atomic.Bool // drained: both sides are told the end
-	fatal atomic.Pointer[error]
+	memory accounts
+	life   context.Context //nolint:containedctx // of what waits for others than the two sides
+	die    context.CancelFunc
+	left   atomic.Bool // drained: both sides are told the end
+	fatal  atomic.Pointer[error]
 
 	bound    atomic.Pointer[binding]
 	login    atomic.Pointer[login]
@@ -95,6 +95,7 @@ type pending struct {
 	fetch    *authz.FetchSession
 	view     *policy.View // a Fetch or ShareFetch was decided under it
 	produce  produced
+	keeps    int64       // bytes of memory until it is answered, about
 	reply    chan []byte // for the answer to a request of our own
 }
 
@@ -131,9 +132,9 @@ func refuse(r audit.Reason, format string, args ...any) error {
 // and ErrDrained one by Drain.
 func Serve(ctx context.Context, shared *Shared, c Conn) error {
 	s := newSession(ctx, shared, c)
-	s.queue = wire.NewQueue[pending](c.Client, maxInFlight)
-	s.up = wire.NewPipe(c.Client, c.Broker, shared.Requests, onRecord(s.upTrail), nil)
-	s.down = wire.NewPipe(c.Broker, c.Client, shared.Answers, onRecord(s.downTrail), s.queue.Written)
+	s.queue = wire.NewQueue[pending](c.Client, maxInFlight, s.memory.kept)
+	s.up = wire.NewPipe(c.Client, c.Broker, s.memory.requested, onRecord(s.upTrail), nil)
+	s.down = wire.NewPipe(c.Broker, c.Client, s.memory.answered, onRecord(s.downTrail), s.queue.Written)
 	shared.Metrics.open.Inc()
 	defer shared.Metrics.open.Dec()
 
@@ -160,6 +161,7 @@ func Serve(ctx context.Context, shared *Shared, c Conn) error {
 	err := s.finish(up, down)
 	s.up.Close()
 	s.down.Close()
+	s.memory.close()
 	return err
 }
 
@@ -167,6 +169,7 @@ func newSession(ctx context.Context, shared *Shared, c Conn) *session {
 	s := &session{Shared: shared, conn: c, ctx: new(authz.Ctx),
 		upTrail: c.Audit.Trail(c.Subject), downTrail: c.Audit.Trail(c.Subject)}
 	s.life, s.die = context.WithCancel(ctx)
+	s.memory = shared.open(c.owner(), s.evicted, s.life.Done())
 	_ = s.holder.missing(&s.conn.Subject.Identity) // it is taken up at once, as the present identity is
 	s.allowed.fetch = func(name []byte, id authz.TopicID) bool { return s.mayRead(kmsg.Fetch, name, id) }
 	s.allowed.shareFetch = func(name []byte, id authz.TopicID) bool { return s.mayRead(kmsg.ShareFetch, name, id) }
@@ -203,7 +206,7 @@ func (s *session) endRequests(err error) {
 		return
 	}
 	if errors.Is(err, io.EOF) && closeWrite(s.conn.Broker) == nil {
-		_ = s.conn.Broker.SetReadDeadline(time.Now().Add(drainTimeout))
+		_ = s.down.EndBy(time.Now().Add(drainTimeout))
 		return
 	}
 	s.abort()
@@ -291,12 +294,13 @@ func (p *pending) reset(h wire.Header, clientID string, now time.Time) {
 	*p = pending{Header: h, clientID: clientID, started: now, produce: p.produce.reset()}
 }
 
-// fromPipe names the refusals among a pipe's errors.
-func fromPipe(err error) error {
-	for cause, reason := range map[error]audit.Reason{wire.ErrBudget: audit.OutOfMemory, wire.ErrStalled: audit.BadFrame} {
-		if errors.Is(err, cause) {
-			return &Error{reason, err}
-		}
+// fromPipe names the refusals among a pipe's errors; that a frame is not sent whole is called stalled.
+func fromPipe(err error, stalled audit.Reason) error {
+	switch {
+	case errors.Is(err, wire.ErrBudget):
+		return &Error{audit.OutOfMemory, err}
+	case errors.Is(err, wire.ErrStalled):
+		return &Error{stalled, err}
 	}
 	return err
 }

@@ -39,9 +39,9 @@ func newSteady(t testing.TB, rules string, request, answer []byte) *steady {
 	rig.audit = audit.New(io.Discard, "node-1")
 	c := rig.conn(nil, nil)
 	s := newSession(t.Context(), rig.shared, c)
-	s.queue = wire.NewQueue[pending](io.Discard, maxInFlight)
-	s.up = wire.NewPipe(&again{bytes: request}, io.Discard, s.Requests, s.upTrail.Flush, nil)
-	s.down = wire.NewPipe(&again{bytes: answer}, io.Discard, s.Answers, s.downTrail.Flush, s.queue.Written)
+	s.queue = wire.NewQueue[pending](io.Discard, maxInFlight, s.memory.kept)
+	s.up = wire.NewPipe(&again{bytes: request}, io.Discard, s.memory.requested, s.upTrail.Flush, nil)
+	s.down = wire.NewPipe(&again{bytes: answer}, io.Discard, s.memory.answered, s.downTrail.Flush, s.queue.Written)
 	rig.cluster.Learn(&kmsg.MetadataResponse{Topics: []kmsg.MetadataResponseTopic{
 		{Topic: kmsg.StringPtr("orders"), TopicID: topicID("orders")}}})
 	return &steady{s, answer}

@@ -2,6 +2,7 @@
 package wire
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -14,14 +15,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrStalled ends a connection that holds memory for a frame whose rest does not come.
+// ErrStalled ends a connection on which the rest of a frame does not come: who has begun to send one has it.
 var ErrStalled = errors.New("the rest of a frame did not come in time")
 
 // ErrStopped ends the reads of a pipe after Stop.
 var ErrStopped = errors.New("no further frame is read")
 
-// A frame that is held whole must arrive within stallTimeout and what it takes at stallRate bytes a second; one that
-// Stop finds begun, within finishTimeout.
+// The rest of a frame must arrive within stallTimeout and what it takes at stallRate bytes a second; of one that Stop
+// finds begun, within finishTimeout. Of a frame that is streamed, something must come within stallTimeout.
 const (
 	stallTimeout  = 30 * time.Second
 	stallRate     = 256 << 10
@@ -38,11 +39,12 @@ type Pipe struct {
 	try tryReader       // src, where it is none but can do the same, as TLS over a socket does
 	dst io.Writer
 
-	budget *Budget
-	share  int64 // bytes of budget the present buffer holds
+	account *Account
+	share   int64 // what the present buffer takes of the budget
 
 	buf  *[]byte
 	r, w int // buf[r:w] is read and not yet judged
+	end  int // of the next read: behind a frame that is held whole, no more is read than is cheap to move
 
 	out  net.Buffers // judged, in order, not yet written; parts of buf or of others
 	vec  net.Buffers // out while it is written: WriteTo consumes its receiver
@@ -51,17 +53,18 @@ type Pipe struct {
 	before, after func() error
 
 	stopped  atomic.Bool
-	finishBy time.Time // for the rest of a frame that Stop found begun; zero before
+	finishBy time.Time    // for the rest of a frame that Stop found begun; zero before
+	endsBy   atomic.Int64 // see EndBy; Unix nanoseconds, 0: never
 
 	readable func(fd uintptr) bool
 	n        int
 	err      error
 }
 
-// NewPipe carries src to dst. Before runs ahead of every write, after behind it; either may be nil, and an error of
-// either ends the flush.
-func NewPipe(src io.Reader, dst io.Writer, budget *Budget, before, after func() error) *Pipe {
-	p := &Pipe{src: src, dst: dst, budget: budget, before: before, after: after}
+// NewPipe carries src to dst; account is the pipe's own, which Close closes. Before runs ahead of every write, after
+// behind it; either may be nil, and an error of either ends the flush.
+func NewPipe(src io.Reader, dst io.Writer, account *Account, before, after func() error) *Pipe {
+	p := &Pipe{src: src, dst: dst, account: account, before: before, after: after}
 	p.in, _ = src.(deadliner)
 	p.try, _ = src.(tryReader)
 	if sc, ok := src.(syscall.Conn); ok {
@@ -88,22 +91,46 @@ func (p *Pipe) Stop() {
 // Stopped tells whether Stop was called.
 func (p *Pipe) Stopped() bool { return p.stopped.Load() }
 
+// EndBy ends the reads at a moment, whatever is under way then; an earlier one that was set before counts no more.
+func (p *Pipe) EndBy(t time.Time) error {
+	if p.in == nil {
+		return errors.ErrUnsupported
+	}
+	p.endsBy.Store(t.UnixNano())
+	return p.in.SetReadDeadline(t)
+}
+
 // Need returns the next n bytes in place, after reading as much as that takes. What was judged before is written first
-// when it has to read. The bytes are valid until the next Need. io.EOF means the source ended between two frames.
-func (p *Pipe) Need(n int) ([]byte, error) {
-	b, err := p.inTime(n)
+// when it has to read. The bytes are valid until the next Need. It waits as long as it takes for a frame to begin, and
+// not as long for the rest of one. io.EOF means the source ended between two frames.
+func (p *Pipe) Need(n int) ([]byte, error) { return p.frame(n, false) }
+
+// Rest is Need within a frame of which nothing may be left in the buffer: one that is streamed.
+func (p *Pipe) Rest(n int) ([]byte, error) { return p.frame(n, true) }
+
+// frame is Need; begun tells that a part of the frame was read before.
+func (p *Pipe) frame(n int, begun bool) ([]byte, error) {
+	if p.w-p.r >= n {
+		return (*p.buf)[p.r : p.r+n : p.r+n], nil
+	}
+	b, err := p.inTime(n, begun)
 	for errors.Is(err, os.ErrDeadlineExceeded) && p.stopped.Load() {
 		if p.w == p.r || (!p.finishBy.IsZero() && !time.Now().Before(p.finishBy)) {
 			return nil, ErrStopped
 		}
 		if err = p.finish(); err == nil {
-			b, err = p.inTime(n)
+			b, err = p.inTime(n, begun)
 		}
 	}
-	if errors.Is(err, os.ErrDeadlineExceeded) && n > BaseBuffer {
+	if errors.Is(err, os.ErrDeadlineExceeded) && !p.ended() {
 		err = fmt.Errorf("%w: %d of %d bytes", ErrStalled, p.w-p.r, n)
 	}
 	return b, err
+}
+
+func (p *Pipe) ended() bool {
+	at := p.endsBy.Load()
+	return at != 0 && time.Now().UnixNano() >= at
 }
 
 type deadliner interface{ SetReadDeadline(time.Time) error }
@@ -114,23 +141,39 @@ type tryReader interface {
 	Wait() error                 // until there may be something
 }
 
-// inTime is need with a deadline where it holds memory beyond the base buffer.
-func (p *Pipe) inTime(n int) ([]byte, error) {
-	if p.in == nil || n <= BaseBuffer || p.w-p.r >= n || !p.finishBy.IsZero() {
+// inTime is need with a deadline where the frame has begun.
+func (p *Pipe) inTime(n int, begun bool) ([]byte, error) {
+	if !begun && p.w == p.r {
+		if b, err := p.need(1); err != nil || n == 1 {
+			return b, err
+		}
+	}
+	if p.w-p.r >= n || p.in == nil || !p.finishBy.IsZero() || p.endsBy.Load() != 0 {
 		return p.need(n)
 	}
-	err := p.in.SetReadDeadline(time.Now().Add(stallTimeout + time.Duration(n)*time.Second/stallRate))
-	if err == nil && p.stopped.Load() { // its deadline may just have been overwritten
-		err = p.finish()
-	}
-	if err != nil {
+	by := time.Now().Add(stallTimeout + time.Duration(n)*time.Second/stallRate)
+	if err := p.deadline(by); err != nil {
 		return nil, err
 	}
 	b, err := p.need(n)
 	if err != nil {
 		return nil, err
 	}
-	return b, p.in.SetReadDeadline(p.finishBy)
+	return b, p.deadline(p.finishBy)
+}
+
+// deadline sets one of the pipe's own. Stop and EndBy may have set theirs just before.
+func (p *Pipe) deadline(t time.Time) error {
+	err := p.in.SetReadDeadline(t)
+	switch at := p.endsBy.Load(); {
+	case err != nil:
+		return err
+	case at != 0:
+		return p.in.SetReadDeadline(time.Unix(0, at))
+	case p.stopped.Load() && p.finishBy.IsZero():
+		return p.finish()
+	}
+	return nil
 }
 
 // finish bounds the rest of the frame that Stop found begun.
@@ -186,6 +229,22 @@ func (p *Pipe) Emit(b []byte) {
 	p.open = false
 }
 
+// Replace sends b instead of the next n bytes, which must have been returned by Need. It takes the place of a large
+// frame, so that nothing but the pipe's share of the budget is held until it is written.
+func (p *Pipe) Replace(n int, b []byte) {
+	if p.share == 0 {
+		p.Drop(n)
+		p.Emit(b)
+		return
+	}
+	k := copy((*p.buf)[p.r:p.r+n], b)
+	p.Pass(k)
+	p.Drop(n - k)
+	if k < len(b) {
+		p.Emit(bytes.Clone(b[k:]))
+	}
+}
+
 // Flush writes what was passed and emitted.
 func (p *Pipe) Flush() error {
 	if len(p.out) == 0 {
@@ -224,47 +283,53 @@ func (p *Pipe) Close() {
 	p.out, p.r, p.w = nil, 0, 0
 	p.Wipe()
 	p.release()
+	p.account.Close()
 }
 
-// room makes space for n unjudged bytes. Nothing waits to be written, so all before r is free.
+// room makes space for n unjudged bytes. Nothing waits to be written, so all before r is free. A buffer that does not
+// fit the next frame goes back, as does one that others wait for.
 func (p *Pipe) room(n int) error {
+	share := HeldSize(n)
 	if p.r == p.w {
 		p.r, p.w = 0, 0
-		if p.share > 0 && n <= BaseBuffer {
-			p.release()
+	}
+	if p.buf != nil && p.share > 0 && (p.share != share || p.account.Crowded()) {
+		p.exchange(0)
+		p.account.Release(p.share)
+		p.share = 0
+	}
+	if share > p.share {
+		if err := p.account.Acquire(share); err != nil {
+			return err
 		}
+		p.share = share
 	}
-	if p.buf == nil {
-		return p.take(n)
+	switch {
+	case p.buf == nil && n > BaseBuffer: // else as late as there is something to read
+		p.buf = getBuffer(n)
+	case p.buf != nil && len(*p.buf) < n:
+		p.exchange(n)
+	case p.buf != nil && len(*p.buf)-p.r < n:
+		p.w = copy(*p.buf, (*p.buf)[p.r:p.w])
+		p.r = 0
 	}
-	if len(*p.buf) >= n {
-		if len(*p.buf)-p.r < n {
-			p.w = copy(*p.buf, (*p.buf)[p.r:p.w])
-			p.r = 0
-		}
-		return nil
+	if p.buf != nil {
+		p.end = min(len(*p.buf), p.r+n+BaseBuffer)
 	}
-	// The old share is given back first: who holds one while he waits for more may wait for himself.
-	old, r, w := p.buf, p.r, p.w
-	p.budget.Release(p.share)
-	p.share = 0
-	if err := p.take(n); err != nil {
-		return err
-	}
-	p.r, p.w = 0, copy(*p.buf, (*old)[r:w])
-	putBuffer(old)
 	return nil
 }
 
-func (p *Pipe) take(n int) error {
-	share := HeldSize(n)
-	if share > 0 {
-		if err := p.budget.Acquire(share); err != nil {
-			return err
-		}
+// exchange changes the buffer for one with room for n bytes, and for all that is not judged.
+func (p *Pipe) exchange(n int) {
+	old, left := p.buf, (*p.buf)[p.r:p.w]
+	if n = max(n, len(left)); n == 0 {
+		p.buf = nil
+	} else {
+		p.buf = getBuffer(n)
+		p.r, p.w = 0, copy(*p.buf, left)
 	}
-	p.buf, p.share = getBuffer(n), share
-	return nil
+	clear(left) // a password may stand there
+	putBuffer(old)
 }
 
 func (p *Pipe) release() {
@@ -273,8 +338,16 @@ func (p *Pipe) release() {
 	}
 	putBuffer(p.buf)
 	p.buf = nil
-	p.budget.Release(p.share)
+	p.account.Release(p.share)
 	p.share = 0
+}
+
+// ready makes sure of a buffer to read into.
+func (p *Pipe) ready() {
+	if p.buf == nil {
+		p.buf = getBuffer(0)
+		p.end = len(*p.buf)
+	}
 }
 
 func (p *Pipe) fill() error {
@@ -282,10 +355,8 @@ func (p *Pipe) fill() error {
 		return p.fillPatiently()
 	}
 	if p.raw == nil {
-		if p.buf == nil {
-			p.buf = getBuffer(0)
-		}
-		n, err := p.src.Read((*p.buf)[p.w:])
+		p.ready()
+		n, err := p.src.Read((*p.buf)[p.w:p.end])
 		p.w += n
 		if n > 0 {
 			return nil
@@ -302,12 +373,10 @@ func (p *Pipe) fill() error {
 // tryRead reads what the socket has. When it has nothing and nothing is pending, the buffer goes back to the pool for
 // as long as the wait lasts: an idle connection holds none.
 func (p *Pipe) tryRead(fd uintptr) bool {
-	if p.buf == nil {
-		p.buf = getBuffer(0)
-	}
-	n, err := unix.Read(int(fd), (*p.buf)[p.w:])
+	p.ready()
+	n, err := unix.Read(int(fd), (*p.buf)[p.w:p.end])
 	for errors.Is(err, unix.EINTR) {
-		n, err = unix.Read(int(fd), (*p.buf)[p.w:])
+		n, err = unix.Read(int(fd), (*p.buf)[p.w:p.end])
 	}
 	switch {
 	case errors.Is(err, unix.EAGAIN):
@@ -330,10 +399,8 @@ func (p *Pipe) rest() {
 
 func (p *Pipe) fillPatiently() error {
 	for {
-		if p.buf == nil {
-			p.buf = getBuffer(0)
-		}
-		n, err := p.try.TryRead((*p.buf)[p.w:])
+		p.ready()
+		n, err := p.try.TryRead((*p.buf)[p.w:p.end])
 		p.w += n
 		switch {
 		case n > 0:

@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -30,7 +31,7 @@ func TestAPipeCarriesWhatIsPassedAndEmitted(t *testing.T) {
 			}
 			var got, want bytes.Buffer
 			budget := NewBudget(8 << 20)
-			p := NewPipe(src, &got, budget, nil, nil)
+			p := NewPipe(src, &got, budget.Open("", nil, nil), nil, nil)
 			for left := input; len(left) > 0; {
 				n := min(len(left), 1+r.IntN(1<<r.IntN(20)))
 				b, err := p.Need(n)
@@ -65,8 +66,8 @@ func TestAPipeCarriesWhatIsPassedAndEmitted(t *testing.T) {
 				t.Errorf("%d bytes came out, %d should have", got.Len(), want.Len())
 			}
 			p.Close()
-			if err := budget.Acquire(8 << 20); err != nil {
-				t.Errorf("the budget is not whole again: %v", err)
+			if n := budget.Held(); n != 0 {
+				t.Errorf("the budget is not whole again: %d bytes are held", n)
 			}
 		})
 	}
@@ -97,7 +98,7 @@ func socketWith(t *testing.T, b []byte) net.Conn {
 }
 
 func TestAnEndWithinAFrameIsNoOrderlyEnd(t *testing.T) {
-	p := NewPipe(bytes.NewReader([]byte("abc")), io.Discard, NewBudget(0), nil, nil)
+	p := NewPipe(bytes.NewReader([]byte("abc")), io.Discard, NewBudget(0).Open("", nil, nil), nil, nil)
 	if _, err := p.Need(4); !errors.Is(err, io.ErrUnexpectedEOF) {
 		t.Errorf("%v", err)
 	}
@@ -106,7 +107,8 @@ func TestAnEndWithinAFrameIsNoOrderlyEnd(t *testing.T) {
 func TestNothingIsWrittenWhenWhatComesBeforeFails(t *testing.T) {
 	var out bytes.Buffer
 	failure := errors.New("the audit is full")
-	p := NewPipe(bytes.NewReader([]byte("abc")), &out, NewBudget(0), func() error { return failure }, nil)
+	account := NewBudget(0).Open("", nil, nil)
+	p := NewPipe(bytes.NewReader([]byte("abc")), &out, account, func() error { return failure }, nil)
 	if _, err := p.Need(3); err != nil {
 		t.Fatal(err)
 	}
@@ -117,7 +119,7 @@ func TestNothingIsWrittenWhenWhatComesBeforeFails(t *testing.T) {
 }
 
 func TestABufferBeyondTheBudgetIsRefused(t *testing.T) {
-	p := NewPipe(bytes.NewReader(make([]byte, 1<<20)), io.Discard, NewBudget(BaseBuffer), nil, nil)
+	p := NewPipe(bytes.NewReader(make([]byte, 1<<20)), io.Discard, NewBudget(BaseBuffer).Open("", nil, nil), nil, nil)
 	if _, err := p.Need(1 << 20); !errors.Is(err, ErrBudget) {
 		t.Errorf("%v", err)
 	}
@@ -126,7 +128,7 @@ func TestABufferBeyondTheBudgetIsRefused(t *testing.T) {
 // A pipe that grows must not wait for the share it holds itself.
 func TestAFrameAsLargeAsTheBudgetFollowsASmallerOne(t *testing.T) {
 	const budget = 4 << 20
-	p := NewPipe(bytes.NewReader(make([]byte, 8<<20)), io.Discard, NewBudget(budget), nil, nil)
+	p := NewPipe(bytes.NewReader(make([]byte, 8<<20)), io.Discard, NewBudget(budget).Open("", nil, nil), nil, nil)
 	for _, n := range []int{BaseBuffer + 1, budget} {
 		if _, err := p.Need(n); err != nil {
 			t.Fatalf("%d bytes: %v", n, err)
@@ -137,7 +139,7 @@ func TestAFrameAsLargeAsTheBudgetFollowsASmallerOne(t *testing.T) {
 
 func TestAWipedPipeKeepsOnlyWhatIsNotJudged(t *testing.T) {
 	var sent bytes.Buffer
-	p := NewPipe(strings.NewReader("a secret; then the next frame"), &sent, NewBudget(0), nil, nil)
+	p := NewPipe(strings.NewReader("a secret; then the next frame"), &sent, NewBudget(0).Open("", nil, nil), nil, nil)
 	defer p.Close()
 	if _, err := p.Need(9); err != nil {
 		t.Fatal(err)
@@ -175,7 +177,7 @@ func TestAStoppedPipeWaitsForNoFrameAndNotLongForTheRestOfOne(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				src, peer := net.Pipe()
-				p := NewPipe(src, io.Discard, NewBudget(1<<20), nil, nil)
+				p := NewPipe(src, io.Discard, NewBudget(1<<20).Open("", nil, nil), nil, nil)
 				got := make(chan error, 1)
 				go func() {
 					_, err := p.Need(c.need)
@@ -204,5 +206,136 @@ func TestAStoppedPipeWaitsForNoFrameAndNotLongForTheRestOfOne(t *testing.T) {
 				sender.Wait()
 			})
 		})
+	}
+}
+
+// What holds no memory may wait for ever, and what has begun may not.
+func TestTheRestOfAFrameMustCome(t *testing.T) {
+	const forever, slowly = 24 * time.Hour, 10 * time.Second
+	for name, c := range map[string]struct {
+		need  int
+		rest  bool // of a frame that is streamed
+		comes []string
+		gap   time.Duration // before each
+		want  error
+		after time.Duration
+	}{
+		"a frame that begins late":           {4, false, []string{"abcd"}, forever, nil, forever},
+		"a frame of which a part comes":      {4, false, []string{"a"}, 0, ErrStalled, stallTimeout},
+		"a frame that comes late and slowly": {3, false, strings.Split("abc", ""), slowly, nil, 3 * slowly},
+		"a frame that comes too slowly":      {9, false, strings.Split("abcdefghi", ""), slowly, ErrStalled, 40 * time.Second},
+		"a streamed frame that goes on":      {1, true, []string{"a"}, stallTimeout - 1, nil, stallTimeout - 1},
+		"a streamed frame that goes not on":  {1, true, nil, 0, ErrStalled, stallTimeout},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				src, peer := net.Pipe()
+				p := NewPipe(src, io.Discard, NewBudget(1<<20).Open("", nil, nil), nil, nil)
+				defer p.Close()
+				var sender sync.WaitGroup
+				sender.Go(func() {
+					for _, text := range c.comes {
+						time.Sleep(c.gap)
+						if _, err := peer.Write([]byte(text)); err != nil {
+							return // no longer read
+						}
+					}
+				})
+				need, start := p.Need, time.Now()
+				if c.rest {
+					need = p.Rest
+				}
+				_, err := need(c.need)
+				if took := time.Since(start).Round(time.Second); !errors.Is(err, c.want) || took != c.after.Round(time.Second) {
+					t.Errorf("got %v after %v", err, took)
+				}
+				if err := errors.Join(src.Close(), peer.Close()); err != nil {
+					t.Error(err)
+				}
+				sender.Wait()
+			})
+		})
+	}
+}
+
+func TestAPipeThatIsToEndReadsNoLonger(t *testing.T) {
+	for name, begun := range map[string]string{"between two frames": "", "within a frame": "a"} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				src, peer := net.Pipe()
+				p := NewPipe(src, io.Discard, NewBudget(1<<20).Open("", nil, nil), nil, nil)
+				defer p.Close()
+				start, got := time.Now(), make(chan error, 1)
+				go func() {
+					_, err := p.Need(4)
+					got <- err
+				}()
+				if _, err := peer.Write([]byte(begun)); err != nil {
+					t.Fatal(err)
+				}
+				synctest.Wait()
+				if err := p.EndBy(start.Add(time.Second)); err != nil {
+					t.Fatal(err)
+				}
+				if err := <-got; !errors.Is(err, os.ErrDeadlineExceeded) || time.Since(start) != time.Second {
+					t.Errorf("got %v after %v", err, time.Since(start))
+				}
+				if err := errors.Join(src.Close(), peer.Close()); err != nil {
+					t.Error(err)
+				}
+			})
+		})
+	}
+}
+
+// A pipe that never rests gives its memory to who waits for it, between two frames.
+func TestABusyPipeGivesWay(t *testing.T) {
+	const frame = 100_000
+	budget := NewBudget(HeldSize(frame))
+	p := NewPipe(bytes.NewReader(make([]byte, 100*frame)), io.Discard, budget.Open("busy", nil, nil), nil, nil)
+	defer p.Close()
+	other := budget.Open("other", nil, nil)
+	defer other.Close()
+	next := func() {
+		if _, err := p.Need(frame); err != nil {
+			t.Fatal(err)
+		}
+		p.Pass(frame)
+	}
+	next()
+	got := make(chan error, 1)
+	go func() { got <- other.Acquire(1) }()
+	for !other.Crowded() {
+		time.Sleep(time.Millisecond)
+	}
+	go func() {
+		got <- <-got
+		other.Release(1)
+	}()
+	for range 50 {
+		next()
+	}
+	if err := <-got; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestALargeBufferGoesBackWhenSmallFramesFollow(t *testing.T) {
+	const large, small = 1 << 20, 1000
+	budget := NewBudget(HeldSize(large))
+	p := NewPipe(bytes.NewReader(make([]byte, large+1000*small)), io.Discard, budget.Open("", nil, nil), nil, nil)
+	defer p.Close()
+	for i := range 1000 {
+		n := small
+		if i == 0 {
+			n = large
+		}
+		if _, err := p.Need(n); err != nil {
+			t.Fatal(err)
+		}
+		p.Pass(n)
+	}
+	if n := budget.Held(); n != 0 {
+		t.Errorf("%d bytes are held", n)
 	}
 }

@@ -10,11 +10,19 @@ import (
 type Entry[T any] struct {
 	Ours []byte // our own answer, a whole frame; nil while the broker owes one
 	V    T
-	done bool // judged and handed to the pipe that writes to the client
+	done bool  // judged and handed to the pipe that writes to the client
+	kept int64 // bytes of memory until it is removed; see Keep
 }
 
 // ErrClosed ends the waits of a closed queue.
 var ErrClosed = errors.New("the connection is closing")
+
+// Entries that keep at most BaseBuffer bytes may keep so many together, unseen by the budget. So many entries are used
+// again.
+const (
+	maxKept = 4 * BaseBuffer
+	maxFree = 32
+)
 
 // Queue holds the answers a connection owes its client, in the order of the requests: Kafka's clients match answers by
 // order. The request side pushes; the answer side takes Next, hands the bytes to its pipe, marks Done, and calls
@@ -28,14 +36,18 @@ type Queue[T any] struct {
 	n      int
 	done   int // how many at the head are done
 	max    int
+	kept   int64 // by entries that are below the budget
 	free   []*Entry[T]
 	client io.Writer
-	closed bool
+
+	account *Account
+	closed  bool
 }
 
-// NewQueue makes a queue of at most limit entries that writes our own answers to client.
-func NewQueue[T any](client io.Writer, limit int) *Queue[T] {
-	q := &Queue[T]{client: client, max: limit, ring: make([]*Entry[T], 4)}
+// NewQueue makes a queue of at most limit entries that writes our own answers to client. What entries keep is taken
+// from account, which is the queue's own.
+func NewQueue[T any](client io.Writer, limit int, account *Account) *Queue[T] {
+	q := &Queue[T]{client: client, max: limit, ring: make([]*Entry[T], 4), account: account}
 	q.change.L = &q.mu
 	return q
 }
@@ -56,14 +68,28 @@ func (q *Queue[T]) New() *Entry[T] {
 func (q *Queue[T]) Full() bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return q.n >= q.max
+	return q.full()
+}
+
+func (q *Queue[T]) full() bool { return q.n >= q.max || q.n > 0 && q.kept >= maxKept }
+
+// Keep says how many bytes of memory an entry that is not pushed yet keeps until its answer is written. It may wait for
+// them as [Account.Acquire] does: flush the requests first, or what keeps them never ends.
+func (q *Queue[T]) Keep(e *Entry[T], n int64) error {
+	if n > BaseBuffer {
+		if err := q.account.Acquire(n); err != nil {
+			return err
+		}
+	}
+	e.kept = n
+	return nil
 }
 
 // Push appends an entry, waiting while the queue is full, and writes our own answers at the head.
 func (q *Queue[T]) Push(e *Entry[T]) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	for q.n >= q.max && !q.closed {
+	for q.full() && !q.closed {
 		q.change.Wait()
 	}
 	if q.closed {
@@ -78,6 +104,9 @@ func (q *Queue[T]) Push(e *Entry[T]) error {
 	}
 	q.ring[(q.head+q.n)&(len(q.ring)-1)] = e
 	q.n++
+	if e.kept <= BaseBuffer {
+		q.kept += e.kept
+	}
 	return q.writeOurs()
 }
 
@@ -134,11 +163,11 @@ func (q *Queue[T]) WaitEmpty() error {
 // Free takes back an entry that is owed no answer (acks=0).
 func (q *Queue[T]) Free(e *Entry[T]) {
 	q.mu.Lock()
-	q.free = append(q.free, e)
-	q.mu.Unlock()
+	defer q.mu.Unlock()
+	q.recycle(e)
 }
 
-// Close ends all waits; a push fails from now on.
+// Close ends all waits; a push fails from now on. What entries keep they keep until the account is closed.
 func (q *Queue[T]) Close() {
 	q.mu.Lock()
 	q.closed = true
@@ -166,8 +195,21 @@ func (q *Queue[T]) pop() {
 	q.ring[q.head] = nil
 	q.head = (q.head + 1) & (len(q.ring) - 1)
 	q.n--
-	e.Ours, e.done = nil, false
-	q.free = append(q.free, e)
+	if e.kept <= BaseBuffer {
+		q.kept -= e.kept
+	}
+	q.recycle(e)
+}
+
+func (q *Queue[T]) recycle(e *Entry[T]) {
+	large := e.kept > BaseBuffer
+	if large {
+		q.account.Release(e.kept)
+	}
+	e.Ours, e.done, e.kept = nil, false, 0
+	if !large && len(q.free) < maxFree {
+		q.free = append(q.free, e)
+	}
 }
 
 // writeOurs writes under the lock: whoever else wants to write to the client has to wait for these bytes anyway.

@@ -18,7 +18,7 @@ func TestAQueueIsAList(t *testing.T) {
 			r := rand.New(rand.NewPCG(seed, 0))
 			var client bytes.Buffer // of both our own answers and, as the pipe writes them, the broker's
 			const most = 8
-			q := NewQueue[int](&client, most)
+			q := NewQueue[int](&client, most, NewBudget(0).Open("", nil, nil))
 			var want bytes.Buffer // what the client is owed, in order
 			var pending []byte    // handed to the pipe
 			var inFlight int
@@ -94,7 +94,7 @@ func TestAQueueIsAList(t *testing.T) {
 }
 
 func TestACloseEndsTheWaitsOfAQueue(t *testing.T) {
-	q := NewQueue[int](new(bytes.Buffer), 1)
+	q := NewQueue[int](new(bytes.Buffer), 1, NewBudget(0).Open("", nil, nil))
 	if err := q.Push(q.New()); err != nil {
 		t.Fatal(err)
 	}
@@ -111,7 +111,7 @@ func TestACloseEndsTheWaitsOfAQueue(t *testing.T) {
 
 func TestAFullQueueGoesOnWhenAnAnswerIsWritten(t *testing.T) {
 	var client bytes.Buffer
-	q := NewQueue[int](&client, 1)
+	q := NewQueue[int](&client, 1, NewBudget(0).Open("", nil, nil))
 	if err := q.Push(q.New()); err != nil {
 		t.Fatal(err)
 	}

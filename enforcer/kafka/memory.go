@@ -1,0 +1,52 @@
+package kafka
+
+import (
+	"cmp"
+	"fmt"
+	"unsafe"
+
+	"klamm/enforcer/audit"
+	"klamm/enforcer/kafka/authz"
+	"klamm/enforcer/kafka/wire"
+)
+
+// accounts are what a session holds of the node's budgets.
+type accounts struct {
+	requested, answered, decoding, kept *wire.Account
+}
+
+func (s *Shared) open(owner string, evicted func(error), done <-chan struct{}) accounts {
+	return accounts{
+		requested: s.Requests.Open(owner, evicted, done),
+		answered:  s.Answers.Open(owner, evicted, done),
+		decoding:  s.Decoded.Open(owner, evicted, done),
+		kept:      s.Kept.Open(owner, evicted, done),
+	}
+}
+
+// close closes those that no pipe closes.
+func (a *accounts) close() {
+	a.decoding.Close()
+	a.kept.Close()
+}
+
+// owner is whom the memory of a connection is counted to: a workload, for each broker by itself, because one that hangs
+// must not take the others with it.
+func (c *Conn) owner() string {
+	id := c.Workload.Identity()
+	p := &id.Process
+	who := cmp.Or(named(id), p.ContainerID, p.Cgroup, fmt.Sprint("uid ", p.UID))
+	return who + "\x00" + c.Subject.Destination
+}
+
+// evicted ends the session: it has to give way to others that wait for memory.
+func (s *session) evicted(cause error) { s.end(&Error{audit.OutOfMemory, cause}) }
+
+// weigh is about what checks take, in bytes of memory.
+func weigh(checks []authz.Check) int64 {
+	n := int64(cap(checks)) * int64(unsafe.Sizeof(authz.Check{}))
+	for i := range checks {
+		n += int64(len(checks[i].Name))
+	}
+	return n
+}
