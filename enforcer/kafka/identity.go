@@ -46,6 +46,14 @@ func (s *session) holds(b *binding, now time.Time) bool {
 // view is what the client may do now.
 func (s *session) view() *policy.View { return s.who(time.Now()).view }
 
+// own is the principal by which the broker knows the client because it logged in itself; see authz.Ctx.
+func (b *binding) own() string {
+	if b.login == nil || b.lost != nil {
+		return ""
+	}
+	return b.login.Principal
+}
+
 // bind takes up what has changed, puts it on record, and ends the connection where its rights end with it.
 func (s *session) bind(now time.Time) *binding {
 	was := s.bound.Load()

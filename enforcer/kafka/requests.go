@@ -205,7 +205,7 @@ func (s *session) decide(e entry, frame []byte, view *policy.View) error {
 		}
 	}
 	ctx := &authz.Ctx{View: view, Topics: s.conn.Cluster, Fetch: s.fetchSes, Share: s.shareSes,
-		AutoCreate: s.conn.AutoCreate}
+		AutoCreate: s.conn.AutoCreate, Principal: e.V.who.own()}
 	v := authz.Table[h.Key].Decide(ctx, req)
 	if len(ctx.Missing) > 0 {
 		if err := s.up.Flush(); err != nil {

@@ -37,8 +37,12 @@ type Ctx struct {
 	// AutoCreate tells that the cluster's brokers create topics a Metadata request names (auto.create.topics.enable).
 	// Only the error for a missing topic depends on it: nothing is created without the right to.
 	AutoCreate bool
-	Fetch      *FetchSession // the connection's fetch session, replaced by the fetch handler; nil without one
-	Share      *ShareSession // so for its share session
+	// Principal is the client's own at the broker ("User:alice"): that of a SASL login the client made itself. Empty
+	// where it made none, where the mechanism does not show it, and in a session that is over. The broker may then know
+	// the connection by a principal of the node's, and what it decides by that is not the client's to ask for.
+	Principal string
+	Fetch     *FetchSession // the connection's fetch session, replaced by the fetch handler; nil without one
+	Share     *ShareSession // so for its share session
 
 	Checks  []Check   // every decision, in the order taken
 	Missing []TopicID // ids Topic was asked for and did not know; the session looks them up and calls the handler again

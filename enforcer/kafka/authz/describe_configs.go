@@ -15,11 +15,7 @@ func describeConfigs(c *Ctx, req *kmsg.DescribeConfigsRequest) Verdict {
 	}
 	kept, out := sift(req.Resources, func(r *kmsg.DescribeConfigsRequestResource) *kerr.Error {
 		right := configRights[r.ResourceType]
-		name := r.ResourceName
-		if right.resource == kmsg.ACLResourceTypeCluster {
-			name = clusterName
-		}
-		if !c.Allow(right.resource, name, kmsg.ACLOperationDescribeConfigs) {
+		if !c.allowConfig(right, r.ResourceName, kmsg.ACLOperationDescribeConfigs) {
 			return right.err
 		}
 		return nil
@@ -38,26 +34,4 @@ func describeConfigs(c *Ctx, req *kmsg.DescribeConfigsRequest) Verdict {
 	return partly(c, &forward, len(kept), func(_ *Ctx, resp *kmsg.DescribeConfigsResponse) {
 		resp.Resources = append(resp.Resources, refused...)
 	})
-}
-
-// configRight is the resource whose DescribeConfigs opens a kind of config, and the refusal.
-type configRight struct {
-	resource kmsg.ACLResourceType
-	err      *kerr.Error
-	msg      string
-}
-
-var (
-	configOfTopic   = configRight{kmsg.ACLResourceTypeTopic, kerr.TopicAuthorizationFailed, topicAuthorizationFailed}
-	configOfGroup   = configRight{kmsg.ACLResourceTypeGroup, kerr.GroupAuthorizationFailed, groupAuthorizationFailed}
-	configOfCluster = configRight{kmsg.ACLResourceTypeCluster, kerr.ClusterAuthorizationFailed, clusterAuthorizationFailed}
-)
-
-// configRights: the numbers of config resources are not those of ACL resources.
-var configRights = map[kmsg.ConfigResourceType]configRight{
-	kmsg.ConfigResourceTypeTopic:         configOfTopic,
-	kmsg.ConfigResourceTypeGroupConfig:   configOfGroup,
-	kmsg.ConfigResourceTypeBroker:        configOfCluster,
-	kmsg.ConfigResourceTypeBrokerLogger:  configOfCluster,
-	kmsg.ConfigResourceTypeClientMetrics: configOfCluster,
 }

@@ -43,3 +43,19 @@ func weave[R any](broker []R, ours []*R) []R {
 	}
 	return append(all, broker...)
 }
+
+// fold joins entries of one key into the first of them: a broker that collects its answer in a map has each key once.
+func fold[T any, K comparable](entries []T, key func(*T) K, join func(first, other *T)) []T {
+	at := make(map[K]int, len(entries))
+	kept := entries[:0]
+	for i := range entries {
+		k := key(&entries[i])
+		if first, twice := at[k]; twice {
+			join(&kept[first], &entries[i])
+			continue
+		}
+		at[k] = len(kept)
+		kept = append(kept, entries[i])
+	}
+	return kept
+}

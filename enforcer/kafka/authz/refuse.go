@@ -62,7 +62,7 @@ func Unsupported(key, version int16) kmsg.Response {
 // listsBelow tells the APIs whose getErrorResponse fills the lists although there is a top-level code.
 func listsBelow(req kmsg.Request) bool {
 	switch kmsg.Key(req.Key()) {
-	case kmsg.Metadata, kmsg.ElectLeaders, kmsg.AlterPartitionAssignments:
+	case kmsg.Metadata, kmsg.ElectLeaders, kmsg.AlterPartitionAssignments, kmsg.ListPartitionReassignments:
 		return true
 	case kmsg.Fetch:
 		return req.GetVersion() < 13

@@ -29,6 +29,7 @@ type scenario struct {
 	Versions   string            // "2-8", "3" or "0, 4-6"; every version of the row when empty
 	Policy     yaml.Node         // a policy file without its apiVersion; no rules when absent
 	Subject    subject           // User:alice when absent
+	Login      string            // the principal of a SASL login the client made itself; none when absent
 	Topics     map[string]string // topic id: name, what the cluster is known to have
 	AutoCreate bool              // the cluster creates topics that Metadata names
 	Before     struct {          // what came on the connection before
@@ -111,7 +112,7 @@ func keyNamed(name string) int16 {
 }
 
 func (s *scenario) play(t *testing.T, view *policy.View, key, version int16) {
-	c := &Ctx{View: view, Topics: s.topics(t), AutoCreate: s.AutoCreate}
+	c := &Ctx{View: view, Topics: s.topics(t), AutoCreate: s.AutoCreate, Principal: s.Login}
 	s.playBefore(t, c, key, version)
 	req := kmsg.RequestForKey(key)
 	build(t, &s.Request, req, version)

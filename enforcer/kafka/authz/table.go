@@ -14,6 +14,7 @@ func init() {
 		kmsg.Fetch:                {Min: 4, Max: 18, Decide: handle(fetch)},
 		kmsg.ListOffsets:          {Min: 1, Max: 11, Decide: handle(listOffsets)},
 		kmsg.OffsetForLeaderEpoch: {Min: 2, Max: 4, Decide: handle(offsetForLeaderEpoch)},
+		kmsg.DeleteRecords:        {Min: 0, Max: 2, Decide: handle(deleteRecords)},
 
 		// Connections.
 		kmsg.ApiVersions:      {Min: 0, Max: 5, Decide: handle(apiVersions)},
@@ -28,10 +29,35 @@ func init() {
 		kmsg.CreatePartitions:        {Min: 0, Max: 3, Decide: handle(createPartitions)},
 
 		// Configs, quotas, brokers, controllers.
-		kmsg.DescribeConfigs: {Min: 1, Max: 4, Decide: handle(describeConfigs)},
-		kmsg.DescribeCluster: {Min: 0, Max: 2, Decide: handle(describeCluster)},
+		kmsg.DescribeConfigs:            {Min: 1, Max: 4, Decide: handle(describeConfigs)},
+		kmsg.AlterConfigs:               {Min: 0, Max: 2, Decide: handle(alterConfigs)},
+		kmsg.IncrementalAlterConfigs:    {Min: 0, Max: 1, Decide: handle(incrementalAlterConfigs)},
+		kmsg.ListConfigResources:        {Min: 0, Max: 1, Decide: handle(listConfigResources)},
+		kmsg.DescribeClientQuotas:       {Min: 0, Max: 1, Decide: handle(describeClientQuotas)},
+		kmsg.AlterClientQuotas:          {Min: 0, Max: 1, Decide: handle(alterClientQuotas)},
+		kmsg.DescribeLogDirs:            {Min: 1, Max: 5, Decide: handle(describeLogDirs)},
+		kmsg.AlterReplicaLogDirs:        {Min: 1, Max: 2, Decide: handle(alterReplicaLogDirs)},
+		kmsg.ElectLeaders:               {Min: 0, Max: 2, Decide: handle(electLeaders)},
+		kmsg.AlterPartitionAssignments:  {Min: 0, Max: 1, Decide: handle(alterPartitionAssignments)},
+		kmsg.ListPartitionReassignments: {Min: 0, Max: 0, Decide: handle(listPartitionReassignments)},
+		kmsg.DescribeCluster:            {Min: 0, Max: 2, Decide: handle(describeCluster)},
+		kmsg.UnregisterBroker:           {Min: 0, Max: 0, Decide: handle(unregisterBroker)},
+		kmsg.DescribeQuorum:             {Min: 0, Max: 2, Decide: handle(describeQuorum)},
+		kmsg.AddRaftVoter:               {Min: 0, Max: 1, Decide: handle(addRaftVoter)},
+		kmsg.RemoveRaftVoter:            {Min: 0, Max: 0, Decide: handle(removeRaftVoter)},
+		kmsg.UnregisterController:       {Min: 0, Max: 0, Decide: handle(unregisterController)},
+		kmsg.UpdateFeatures:             {Min: 0, Max: 2, Decide: handle(updateFeatures)},
 
 		// Access: ACLs, SCRAM credentials, delegation tokens.
+		kmsg.DescribeACLs:                 {Min: 1, Max: 3, Decide: handle(describeACLs)},
+		kmsg.CreateACLs:                   {Min: 1, Max: 3, Decide: handle(createACLs)},
+		kmsg.DeleteACLs:                   {Min: 1, Max: 3, Decide: handle(deleteACLs)},
+		kmsg.DescribeUserSCRAMCredentials: {Min: 0, Max: 0, Decide: handle(describeUserSCRAMCredentials)},
+		kmsg.AlterUserSCRAMCredentials:    {Min: 0, Max: 0, Decide: handle(alterUserSCRAMCredentials)},
+		kmsg.CreateDelegationToken:        {Min: 1, Max: 3, Decide: handle(createDelegationToken)},
+		kmsg.RenewDelegationToken:         {Min: 1, Max: 2, Decide: handle(renewDelegationToken)},
+		kmsg.ExpireDelegationToken:        {Min: 1, Max: 2, Decide: handle(expireDelegationToken)},
+		kmsg.DescribeDelegationToken:      {Min: 1, Max: 3, Decide: handle(describeDelegationToken)},
 
 		// Transactions and producers.
 		kmsg.InitProducerID:     {Min: 0, Max: 5, Decide: handle(initProducerID)},
@@ -39,6 +65,7 @@ func init() {
 		kmsg.AddOffsetsToTxn:    {Min: 0, Max: 4, Decide: handle(addOffsetsToTxn)},
 		kmsg.EndTxn:             {Min: 0, Max: 5, Decide: handle(endTxn)},
 		kmsg.TxnOffsetCommit:    {Min: 0, Max: 6, Decide: handle(txnOffsetCommit)},
+		kmsg.WriteTxnMarkers:    {Min: 1, Max: 2, Decide: handle(writeTxnMarkers)},
 
 		// Groups.
 		kmsg.FindCoordinator: {Min: 0, Max: 6, Decide: handle(findCoordinator)},

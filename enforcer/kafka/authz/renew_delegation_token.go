@@ -1,0 +1,17 @@
+package authz
+
+import (
+	"github.com/twmb/franz-go/pkg/kerr"
+	"github.com/twmb/franz-go/pkg/kmsg"
+)
+
+// renewDelegationToken: nothing. The broker lets the owner of the token and its renewers, whom it knows by their
+// principals, so only a client that logged in itself may ask.
+func renewDelegationToken(c *Ctx, req *kmsg.RenewDelegationTokenRequest) Verdict {
+	if c.Principal != "" {
+		return Verdict{}
+	}
+	answer := as[*kmsg.RenewDelegationTokenResponse](Refuse(req, kerr.DelegationTokenRequestNotAllowed, ""))
+	answer.ExpiryTimestamp = -1
+	return Verdict{Answer: answer}
+}
