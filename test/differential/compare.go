@@ -1,0 +1,254 @@
+package main
+
+import (
+	"fmt"
+	"maps"
+	"reflect"
+	"slices"
+	"strings"
+
+	"github.com/twmb/franz-go/pkg/kerr"
+	"github.com/twmb/franz-go/pkg/kmsg"
+)
+
+// volatile fields differ between two brokers that do the same. Of numbers the sign is compared, of ids and texts whether
+// there is one.
+var volatile = map[string]string{
+	"*.ThrottleMillis":                       "how busy the broker is",
+	"CreateTopics.Topics.TopicID":            "chosen at random",
+	"Fetch.SessionID":                        "chosen at random",
+	"JoinGroup.MemberID":                     "chosen at random",
+	"JoinGroup.LeaderID":                     "chosen at random",
+	"JoinGroup.Members.MemberID":             "chosen at random",
+	"DescribeGroups.Groups.Members.MemberID": "chosen at random",
+}
+
+// unordered lists come in the order of a hash table.
+var unordered = map[string]string{}
+
+// struct fields in the order of the message.
+type fields []field
+
+type field struct {
+	name  string
+	value any
+}
+
+// show is an outcome without what has to differ between the sides: ids and addresses go by their names.
+func (p *play) show(side int, o outcome) (any, error) {
+	if o.answer == nil {
+		return o.ended, nil
+	}
+	v := viewer{play: p, side: side}
+	shown := v.view(reflect.ValueOf(o.answer), kmsg.NameForKey(o.answer.Key()))
+	return shown, v.err
+}
+
+type viewer struct {
+	play *play
+	side int
+	err  error
+}
+
+func (w *viewer) view(v reflect.Value, path string) any {
+	switch v.Kind() {
+	case reflect.Pointer, reflect.Interface:
+		if v.IsNil() {
+			return nil
+		}
+		return w.view(v.Elem(), path)
+	case reflect.Struct:
+		return w.fields(v, path)
+	case reflect.Array:
+		name, err := w.play.sides[w.side].named(v.Interface().([16]byte))
+		if err != nil {
+			w.err = err
+		}
+		return name
+	case reflect.Slice:
+		if v.Type().Elem().Kind() == reflect.Uint8 {
+			return w.text(string(v.Bytes()), v.IsNil())
+		}
+		if v.IsNil() {
+			return nil
+		}
+		return w.list(v, path)
+	case reflect.String:
+		return w.text(v.String(), false)
+	default:
+		return v.Interface()
+	}
+}
+
+func (w *viewer) fields(v reflect.Value, path string) fields {
+	var all fields
+	for i := range v.NumField() {
+		f := v.Type().Field(i)
+		below := path + "." + f.Name
+		switch {
+		case f.Type == reflect.TypeFor[kmsg.Tags]() || f.Name == "Version":
+			continue
+		case isVolatile(below):
+			all = append(all, field{f.Name, hazy(v.Field(i))})
+		case f.Name == "ErrorCode":
+			all = append(all, field{f.Name, errorName(int16(v.Field(i).Int()))})
+		default:
+			all = append(all, field{f.Name, w.view(v.Field(i), below)})
+		}
+	}
+	return all
+}
+
+func isVolatile(path string) bool {
+	_, is := volatile[path]
+	_, everywhere := volatile["*"+path[strings.LastIndexByte(path, '.'):]]
+	return is || everywhere
+}
+
+// hazy is what is compared of a volatile field.
+func hazy(v reflect.Value) any {
+	switch {
+	case v.CanInt() && v.Type().Size() >= 4 && v.Int() < 0:
+		return "negative"
+	case v.CanInt():
+		return "a number"
+	default:
+		return !v.IsZero()
+	}
+}
+
+func errorName(code int16) string {
+	if e := kerr.TypedErrorForCode(code); e != nil {
+		return e.Message
+	}
+	return "NONE"
+}
+
+func (w *viewer) list(v reflect.Value, path string) []any {
+	items := make([]any, 0, v.Len())
+	for i := range v.Len() {
+		items = append(items, w.view(v.Index(i), path))
+	}
+	if _, is := unordered[path]; is {
+		slices.SortFunc(items, func(a, b any) int { return strings.Compare(fmt.Sprint(a), fmt.Sprint(b)) })
+	}
+	return items
+}
+
+// text is a string with what is each side's own by its name.
+func (w *viewer) text(s string, null bool) any {
+	if null {
+		return nil
+	}
+	s = strings.ReplaceAll(s, w.play.sides[w.side].host, "BROKER")
+	kept := w.play.kept[w.side]
+	for _, name := range slices.Sorted(maps.Keys(kept)) {
+		if kept[name] != "" && s == kept[name] {
+			return "${" + name + "}"
+		}
+	}
+	return s
+}
+
+// difference is where two answers differ.
+type difference struct {
+	path        string // fields of kmsg, without the places in lists
+	place       string // with them
+	kafka, ours any
+}
+
+func (d difference) String() string {
+	return fmt.Sprintf("%s: Kafka %s, klamm %s", d.place, short(d.kafka), short(d.ours))
+}
+
+func short(v any) string {
+	if f, is := v.(fields); is {
+		var parts []string
+		for _, f := range f {
+			parts = append(parts, f.name+": "+short(f.value))
+		}
+		return "{" + strings.Join(parts, ", ") + "}"
+	}
+	if l, is := v.([]any); is {
+		var parts []string
+		for _, item := range l {
+			parts = append(parts, short(item))
+		}
+		return "[" + strings.Join(parts, ", ") + "]"
+	}
+	if s, is := v.(string); is {
+		return fmt.Sprintf("%q", s)
+	}
+	if v == nil {
+		return "null"
+	}
+	return fmt.Sprint(v)
+}
+
+// differences compares two answers field by field.
+func differences(api string, kafka, ours any) []difference {
+	return compare(difference{path: api, place: api, kafka: kafka, ours: ours})
+}
+
+func compare(d difference) (all []difference) {
+	switch kafka := d.kafka.(type) {
+	case fields:
+		if ours, is := d.ours.(fields); is {
+			for i, f := range kafka { // of one type, they have the same fields
+				all = append(all, compare(difference{d.path + "." + f.name, d.place + "." + f.name, f.value, ours[i].value})...)
+			}
+			return all
+		}
+	case []any:
+		if ours, is := d.ours.([]any); is {
+			return compareLists(d, kafka, ours)
+		}
+	}
+	if !reflect.DeepEqual(d.kafka, d.ours) {
+		return []difference{d}
+	}
+	return nil
+}
+
+// compareLists compares what has the same name at the same place; where names or places differ, that is the difference.
+func compareLists(d difference, kafka, ours []any) (all []difference) {
+	theirNames, ourNames := names(kafka), names(ours)
+	if !slices.Equal(theirNames, ourNames) {
+		all = append(all, difference{d.path, d.place, theirNames, ourNames})
+	}
+	for i, name := range theirNames {
+		j := slices.Index(ourNames, name)
+		if len(kafka) == len(ours) && ourNames[i] == name {
+			j = i
+		}
+		if j >= 0 {
+			all = append(all, compare(difference{d.path, fmt.Sprintf("%s[%s]", d.place, name), kafka[i], ours[j]})...)
+		}
+	}
+	return all
+}
+
+// naming fields tell the entries of a list apart.
+var naming = []string{
+	"Topic", "TopicID", "Partition", "Group", "Name", "ResourceType", "ResourceName", "ApiKey", "NodeID", "MemberID", "Key",
+	"TransactionalID", "ProducerID", "ConfigName", "Principal", "Dir", "User", "Operation", "Host",
+}
+
+func names(list []any) []string {
+	all := make([]string, 0, len(list))
+	for _, item := range list {
+		f, is := item.(fields)
+		if !is {
+			all = append(all, short(item))
+			continue
+		}
+		var parts []string
+		for _, f := range f {
+			if _, list := f.value.([]any); !list && slices.Contains(naming, f.name) && f.value != nil && f.value != "" {
+				parts = append(parts, fmt.Sprint(f.value))
+			}
+		}
+		all = append(all, strings.Join(parts, " "))
+	}
+	return all
+}

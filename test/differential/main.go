@@ -1,0 +1,81 @@
+// Command differential asks two clusters the same: one with an authorizer and ACLs directly, one without through a node
+// whose policy is translated from these ACLs. No client may be able to tell which one answered. It needs root:
+// make verify-fidelity.
+//
+// Environment: MUTATE=1 adds a right that no ACL gives, so that the run must fail.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"time"
+
+	"klamm/test/kafka"
+)
+
+func main() {
+	if len(os.Args) == 2 && os.Args[1] == "dial" {
+		if err := beDialer(); err != nil {
+			fmt.Fprintln(os.Stderr, "dialer:", err)
+			os.Exit(2)
+		}
+		return
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	failed, err := run(ctx, os.Args[1:])
+	stop()
+	if err != nil && !errors.Is(err, flag.ErrHelp) {
+		fmt.Fprintln(os.Stderr, "verify-fidelity:", err)
+		os.Exit(2)
+	}
+	if failed > 0 {
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, args []string) (failed int, err error) {
+	flags := flag.NewFlagSet("differential", flag.ContinueOnError)
+	versions := flags.String("kafka", kafka.Newest+","+kafka.Previous, "releases of Kafka")
+	pattern := flags.String("run", ".", "only scenarios whose path matches")
+	if err := flags.Parse(args); err != nil {
+		return 0, err
+	}
+	matches, err := regexp.Compile(*pattern)
+	if err != nil {
+		return 0, err
+	}
+	if _, err := os.Stat(worldDir); err != nil { // as make runs it
+		if err := os.Chdir("test/differential"); err != nil {
+			return 0, err
+		}
+	}
+	scenarios, err := readScenarios("scenarios", matches.MatchString)
+	if err != nil {
+		return 0, err
+	}
+	dir, err := os.MkdirTemp("", "klamm-differential-")
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	klamm := filepath.Join(dir, "klamm")
+	if err := buildKlamm(ctx, klamm); err != nil {
+		return 0, err
+	}
+	s := &suite{mutate: os.Getenv("MUTATE") == "1", klamm: klamm, began: time.Now()}
+	for version := range strings.SplitSeq(*versions, ",") {
+		if err := s.play(ctx, version, scenarios); err != nil {
+			return 0, fmt.Errorf("Kafka %s: %w", version, err)
+		}
+	}
+	fmt.Printf("%d passed, %d failed\n", s.passed, s.failed)
+	return s.failed, nil
+}

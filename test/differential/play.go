@@ -1,0 +1,247 @@
+package main
+
+import (
+	"fmt"
+	"maps"
+	"reflect"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/twmb/franz-go/pkg/kmsg"
+	"go.yaml.in/yaml/v3"
+
+	"klamm/enforcer/kafka/authz"
+	"klamm/test/message"
+)
+
+// play is a scenario at one version, as one user.
+type play struct {
+	world   *world
+	sides   []*side // the first is the reference
+	user    string
+	version int16
+	run     string
+	kept    []map[string]string // by side
+	opened  map[[2]string]bool  // named connections, by user
+}
+
+// aclKeys are those that a broker without an authorizer refuses.
+var aclKeys = []kmsg.Key{kmsg.DescribeACLs, kmsg.CreateACLs, kmsg.DeleteACLs}
+
+func (w *world) newPlay(s *scenario, version int16, user, run string) *play {
+	p := &play{world: w, sides: []*side{w.direct, w.through}, user: user, version: version, run: run}
+	if slices.Contains(aclKeys, kmsg.Key(s.key)) {
+		p.sides[1] = w.throughACLs
+	}
+	return p
+}
+
+// finding is a difference between two answers, and what was asked.
+type finding struct {
+	request  kmsg.Request
+	differs  []difference
+	outcomes []outcome
+}
+
+// step asks both sides. It returns nil where nothing is to be seen.
+func (p *play) step(st *step) (*finding, error) {
+	if p.kept == nil {
+		p.opened = map[[2]string]bool{}
+		for range p.sides {
+			p.kept = append(p.kept, map[string]string{})
+		}
+	}
+	user := st.As
+	if user == "" {
+		user = p.user
+	}
+	if _, known := p.world.users[user]; !known {
+		return nil, fmt.Errorf("the world has no user %s", user)
+	}
+	connection := st.Connection
+	if connection != "" {
+		p.opened[[2]string{user, connection}] = true
+	}
+	requests, outcomes := make([]kmsg.Request, len(p.sides)), make([]outcome, len(p.sides))
+	failures := make([]error, len(p.sides))
+	var all sync.WaitGroup
+	for i := range p.sides {
+		all.Go(func() { requests[i], outcomes[i], failures[i] = p.ask(i, st, user, connection) })
+	}
+	all.Wait()
+	for i, err := range failures {
+		if err != nil {
+			return nil, fmt.Errorf("ask %s as %s: %w", p.sides[i].addr, user, err)
+		}
+	}
+	f := &finding{request: requests[0], outcomes: outcomes}
+	if st.Unseen {
+		return f, nil
+	}
+	var shown [2]any
+	for i := range shown {
+		var err error
+		if shown[i], err = p.show(i, outcomes[i]); err != nil {
+			return nil, err
+		}
+	}
+	f.differs = differences(kmsg.NameForKey(st.key), shown[0], shown[1])
+	return f, nil
+}
+
+func (p *play) ask(i int, st *step, user, connection string) (req kmsg.Request, o outcome, err error) {
+	side := p.sides[i]
+	text, err := p.fillIn(i, &st.Request)
+	if err != nil {
+		return nil, o, err
+	}
+	req = kmsg.RequestForKey(st.key)
+	if err := message.Fill(text, req); err != nil {
+		return nil, o, err
+	}
+	req.SetVersion(p.versionOf(st))
+	for deadline := time.Now().Add(answerTimeout); ; time.Sleep(30 * time.Millisecond) {
+		if o, err = side.exchange(user, connection, req); err != nil {
+			return req, o, err
+		}
+		done, err := st.settled(o)
+		if err != nil || done {
+			break
+		}
+		if time.Now().After(deadline) {
+			return req, o, fmt.Errorf("%s never has what the scenario waits for; its last answer:\n%s",
+				kmsg.NameForKey(st.key), message.Show(o.answer))
+		}
+	}
+	for name, path := range st.Keep {
+		v, err := at(o.answer, path)
+		if err != nil {
+			return req, o, err
+		}
+		p.kept[i][name] = textOf(v)
+	}
+	return req, o, nil
+}
+
+func (p *play) versionOf(st *step) int16 {
+	switch {
+	case st.Version != nil:
+		return *st.Version
+	case st.API == "":
+		return p.version
+	default:
+		return p.world.spoken[st.key].within(authz.Table[st.key]).max
+	}
+}
+
+// settled tells whether the answer has what the step waits for.
+func (st *step) settled(o outcome) (bool, error) {
+	for _, path := range slices.Sorted(maps.Keys(st.Until)) {
+		v, err := at(o.answer, path)
+		if err != nil {
+			return false, nil // not yet
+		}
+		want := reflect.New(v.Type())
+		node := st.Until[path]
+		if err := message.Fill(&node, want.Interface()); err != nil {
+			return false, err
+		}
+		if !reflect.DeepEqual(v.Interface(), want.Elem().Interface()) {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// at finds a field of an answer: Groups.0.MemberID.
+func at(answer kmsg.Response, path string) (reflect.Value, error) {
+	v := reflect.ValueOf(answer)
+	for name := range strings.SplitSeq(path, ".") {
+		for v.Kind() == reflect.Pointer || v.Kind() == reflect.Interface {
+			v = v.Elem()
+		}
+		i, err := strconv.Atoi(name)
+		switch {
+		case v.Kind() == reflect.Slice && err == nil && i < v.Len():
+			v = v.Index(i)
+		case v.Kind() == reflect.Struct && v.FieldByName(name).IsValid():
+			v = v.FieldByName(name)
+		default:
+			return v, fmt.Errorf("the answer has no %s (at %s)", path, name)
+		}
+	}
+	for v.Kind() == reflect.Pointer && !v.IsNil() {
+		v = v.Elem()
+	}
+	return v, nil
+}
+
+// textOf is a value as a scenario writes it.
+func textOf(v reflect.Value) string {
+	switch {
+	case v.Kind() == reflect.Array:
+		return fmt.Sprintf("%x", v.Interface())
+	case v.Kind() == reflect.Slice:
+		return string(v.Bytes())
+	}
+	return fmt.Sprint(v.Interface())
+}
+
+var placeholder = regexp.MustCompile(`\$\{[^}]*\}`)
+
+// fillIn is a copy of a request's text with what its placeholders stand for on one side.
+func (p *play) fillIn(side int, n *yaml.Node) (*yaml.Node, error) {
+	filled := *n
+	filled.Content = nil
+	for _, below := range n.Content {
+		c, err := p.fillIn(side, below)
+		if err != nil {
+			return nil, err
+		}
+		filled.Content = append(filled.Content, c)
+	}
+	if n.Kind != yaml.ScalarNode || !strings.Contains(n.Value, "${") {
+		return &filled, nil
+	}
+	var unknown error
+	filled.Value = placeholder.ReplaceAllStringFunc(n.Value, func(text string) string {
+		value, err := p.value(side, text[2:len(text)-1])
+		if err != nil {
+			unknown = fmt.Errorf("line %d: %w", n.Line, err)
+		}
+		return value
+	})
+	if _, err := strconv.ParseInt(filled.Value, 10, 64); err == nil && placeholder.FindString(n.Value) == n.Value {
+		filled.Tag, filled.Style = "!!int", 0
+	}
+	return &filled, unknown
+}
+
+func (p *play) value(side int, name string) (string, error) {
+	if name == "run" {
+		return p.run, nil
+	}
+	if topic, is := strings.CutPrefix(name, "id:"); is {
+		topic = strings.ReplaceAll(topic, "${run", p.run)
+		id, err := p.sides[side].id(topic)
+		return fmt.Sprintf("%x", id), err
+	}
+	value, known := p.kept[side][name]
+	if !known {
+		return "", fmt.Errorf("nothing was kept as %s", name)
+	}
+	return value, nil
+}
+
+// end closes the play's own connections.
+func (p *play) end() {
+	for c := range p.opened {
+		for _, s := range p.sides {
+			s.drop(c[0], c[1])
+		}
+	}
+}

@@ -1,0 +1,120 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"strings"
+
+	"github.com/twmb/franz-go/pkg/kmsg"
+
+	"klamm/test/kafka"
+)
+
+// side is one of the clusters, as its clients know it.
+type side struct {
+	world *world
+	addr  string
+	host  string
+	dial  func(from, to string) (net.Conn, error)
+	conns map[string]*conn
+	ids   map[[16]byte]string // all that topics ever had
+}
+
+func newSide(w *world, addr string, dial func(from, to string) (net.Conn, error)) *side {
+	host, _, _ := net.SplitHostPort(addr) // it has both by construction
+	return &side{world: w, addr: addr, host: host, dial: dial, conns: map[string]*conn{}, ids: map[[16]byte]string{}}
+}
+
+// conn is a user's connection of a name, which stays open for the requests to come.
+func (s *side) conn(user, name string) (*conn, error) {
+	key := user + " " + name
+	if c := s.conns[key]; c != nil {
+		return c, nil
+	}
+	raw, err := s.dial(s.world.users[user].From, s.addr)
+	if err != nil {
+		return nil, err
+	}
+	login := s.world.login(user)
+	c, err := newConn(raw, login, password(login))
+	if err == nil {
+		s.conns[key] = c
+	}
+	return c, err
+}
+
+// exchange asks as a user. A connection that did not answer is no longer used.
+func (s *side) exchange(user, connection string, req kmsg.Request) (outcome, error) {
+	c, err := s.conn(user, connection)
+	if err != nil {
+		return outcome{}, err
+	}
+	o, err := c.ask(req)
+	if err != nil || o.answer == nil && o.ended != unanswered {
+		s.drop(user, connection)
+	}
+	return o, err
+}
+
+func (s *side) drop(user, connection string) {
+	key := user + " " + connection
+	if c := s.conns[key]; c != nil {
+		_ = c.Close() // it is of no use any more
+		delete(s.conns, key)
+	}
+}
+
+func (s *side) close() {
+	for _, c := range s.conns {
+		_ = c.Close() // nothing more is asked
+	}
+}
+
+// ask asks as the super user for what the suite itself wants to know.
+func (s *side) ask(req kmsg.Request) (kmsg.Response, error) {
+	o, err := s.exchange(kafka.Admin, "", req)
+	if err != nil || o.answer == nil {
+		return nil, errors.Join(err, fmt.Errorf("ask %s: %s", s.addr, o.ended))
+	}
+	return o.answer, nil
+}
+
+// learn takes up the ids of all topics.
+func (s *side) learn() error {
+	resp, err := s.ask(&kmsg.MetadataRequest{Version: 12})
+	if err != nil {
+		return err
+	}
+	for _, t := range resp.(*kmsg.MetadataResponse).Topics {
+		s.ids[t.TopicID] = *t.Topic
+	}
+	return nil
+}
+
+// id is the id of a topic; of a name that had several, that of now.
+func (s *side) id(topic string) (found [16]byte, err error) {
+	resp, err := s.ask(&kmsg.MetadataRequest{Version: 12, Topics: []kmsg.MetadataRequestTopic{{Topic: &topic}}})
+	if err != nil {
+		return found, err
+	}
+	t := resp.(*kmsg.MetadataResponse).Topics[0]
+	if t.ErrorCode != 0 {
+		return found, fmt.Errorf("the cluster has no topic %s", topic)
+	}
+	s.ids[t.TopicID] = topic
+	return t.TopicID, nil
+}
+
+// named is an id as both sides call it.
+func (s *side) named(id [16]byte) (string, error) {
+	if _, known := s.ids[id]; !known && id != [16]byte{} {
+		if err := s.learn(); err != nil {
+			return "", err
+		}
+	}
+	if name, known := s.ids[id]; known {
+		return "the id of " + name, nil
+	}
+	return strings.TrimLeft(fmt.Sprintf("%x", id), "0"), nil
+}
