@@ -11,7 +11,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 setup := scripts/setup
 objects := $(wildcard bpf/*_bpfel*)
 
-.PHONY: help build generate test lint demo verify-clients verify-kgo verify-interception verify-kernels verify-k8s verify-identity bench clean
+.PHONY: help build generate test lint demo verify-clients verify-fidelity verify-kgo verify-interception verify-kernels verify-k8s verify-identity bench clean
 
 help: ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 22
@@ -44,6 +44,10 @@ demo: build ## the product on this machine in a minute; needs root
 verify-clients: build ## foreign Kafka clients through the node and a real three-broker Kafka; needs root
 	$(setup) kafka
 	go run ./test/clients
+
+verify-fidelity: ## the same requests to a broker with ACLs and, through the node, to one without; needs root
+	$(setup) go kafka
+	go run ./test/differential
 
 verify-kgo: build ## franz-go's own integration tests, direct and through the node; needs root
 	$(setup) kafka

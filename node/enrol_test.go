@@ -277,16 +277,17 @@ func TestALoopbackDestinationIsDialledInTheClientsNamespace(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = ns.Close() }()
-	conn, err := e.Dial(t.Context(), recordOf(ns.cookie, to), false)
+	conn, err := e.Dial(t.Context(), recordOf(ns.cookie, to), nil, false)
 	if err != nil {
 		t.Fatal(err)
 	}
 	_ = conn.Close()
-	if conn, err = e.Dial(t.Context(), recordOf(e.enrolled.host, to), false); err == nil {
+	if conn, err = e.Dial(t.Context(), recordOf(e.enrolled.host, to), nil, false); err == nil {
 		_ = conn.Close()
 		t.Error("the host's loopback is the client's")
 	}
-	if _, err = e.Dial(t.Context(), recordOf(4711, to), false); err == nil || !strings.Contains(err.Error(), "has ended") {
+	_, err = e.Dial(t.Context(), recordOf(4711, to), nil, false)
+	if err == nil || !strings.Contains(err.Error(), "has ended") {
 		t.Errorf("a namespace that is gone: %v", err)
 	}
 }
@@ -304,7 +305,7 @@ func TestABrokerIsDialledFromTheClientsNetworkWhereThatIsConfigured(t *testing.T
 	defer func() { _ = ns.Close() }()
 	// The new namespace has no way to anywhere: there a dial fails at once.
 	to := netip.MustParseAddrPort("192.0.2.1:9092")
-	if _, err := e.Dial(t.Context(), recordOf(ns.cookie, to), true); !errors.Is(err, unix.ENETUNREACH) {
+	if _, err := e.Dial(t.Context(), recordOf(ns.cookie, to), nil, true); !errors.Is(err, unix.ENETUNREACH) {
 		t.Errorf("from the client's: %v", err)
 	}
 }

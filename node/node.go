@@ -387,7 +387,7 @@ func (n *Node) serve(ctx context.Context, conn net.Conn, r bpf.Record) {
 	client.Cluster = destination.Config().Name
 	dialled, cancel := context.WithTimeout(ctx, n.config.Limits.DialTimeout)
 	defer cancel()
-	broker, err := n.redirect.Dial(dialled, r, destination.Config().Upstream.fromClient())
+	broker, err := n.redirect.Dial(dialled, r, conn.RemoteAddr(), destination.Config().Upstream.fromClient())
 	if err != nil {
 		if ctx.Err() != nil {
 			refuse(audit.BrokerUnreachable, fmt.Errorf("the node ends: %w", err))

@@ -307,6 +307,17 @@ func TestARuleForHostsIsAboutTheAddressThatTheBrokerSees(t *testing.T) {
 	}
 }
 
+func TestTheBrokerSeesTheAddressThatAClientWasBoundTo(t *testing.T) {
+	broker := stage.StartBroker(t)
+	n := stage.Start(t, broker.Addr(), strings.Replace(stage.OrdersOnly, "allow:", "hosts: [127.0.0.2], allow:", 1), nil)
+	w := n.Workload(stage.OrdersUID)
+	for from, sees := range map[string]int{"": 0, "127.0.0.1": 0, "127.0.0.2": 1} {
+		if got := topics(t, w.DialFrom(t, from, broker.Addr())); len(got) != sees {
+			t.Errorf("bound to %q it sees %v", from, got)
+		}
+	}
+}
+
 const aliceOnly = `apiVersion: klamm/v1
 rules:
   - {name: alice, principals: ["User:alice"], allow: [{topic: orders, operations: [Write]}]}

@@ -232,17 +232,39 @@ func (r *Redirect) Begin() error { return r.programs.Beat(heartbeatFor) }
 func (r *Redirect) End() error { return r.programs.Beat(0) }
 
 // Dial connects to a broker itself, over plain TCP: from the network namespace of the calling thread, or from the
-// client's, in which alone loopback destinations mean something.
-func (r *Redirect) Dial(ctx context.Context, record bpf.Record, fromClient bool) (conn *net.TCPConn, err error) {
-	to := record.Destination()
+// client's, in which alone loopback destinations mean something. In the client's own namespace it also connects from
+// the address that the client was bound to, because brokers' ACLs and descriptions of groups name hosts.
+func (r *Redirect) Dial(
+	ctx context.Context, record bpf.Record, client net.Addr, fromClient bool,
+) (conn *net.TCPConn, err error) {
+	to, from := record.Destination(), netip.AddrPort{}
+	inHost := r.IsHost(record.NetnsCookie)
+	inClient := fromClient || to.Addr().IsLoopback()
+	if inHost || inClient {
+		from = boundTo(client, to.Addr())
+	}
 	dial := func() error {
-		conn, err = r.Dialer().DialTCP(ctx, "tcp", netip.AddrPort{}, to)
+		conn, err = r.Dialer().DialTCP(ctx, "tcp", from, to)
 		return err
 	}
-	if r.IsHost(record.NetnsCookie) || !fromClient && !to.Addr().IsLoopback() {
+	if inHost || !inClient {
 		return conn, dial()
 	}
 	return conn, r.enrolled.in(record.NetnsCookie, dial)
+}
+
+// boundTo is the address, without a port, that a redirected client has on its way to a destination. One that was not
+// bound has got loopback from the redirect, which says nothing unless that is where it wanted to go.
+func boundTo(client net.Addr, to netip.Addr) netip.AddrPort {
+	tcp, _ := client.(*net.TCPAddr)
+	if tcp == nil {
+		return netip.AddrPort{}
+	}
+	from := tcp.AddrPort().Addr().Unmap()
+	if from.Is4() != to.Unmap().Is4() || from.IsLoopback() && !to.Unmap().IsLoopback() {
+		return netip.AddrPort{}
+	}
+	return netip.AddrPortFrom(from, 0)
 }
 
 // IsHost tells whether a network namespace is the node's own.

@@ -212,7 +212,7 @@ func TestAClientIsAcceptedWithItsDestinationWhichDialReaches(t *testing.T) {
 
 			ctx, cancel := context.WithTimeout(t.Context(), redirectPatience)
 			defer cancel()
-			upstream, err := r.Dial(ctx, a.record, false)
+			upstream, err := r.Dial(ctx, a.record, nil, false)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -254,7 +254,7 @@ func TestTheNodesOwnSocketsAreNotRedirected(t *testing.T) {
 	r, cgroup := openRedirect(t, broker.Port())
 	enterCgroup(t, cgroup)
 	for _, dial := range []func() (net.Conn, error){
-		func() (net.Conn, error) { return r.Dial(t.Context(), recordOf(r.enrolled.host, broker), false) },
+		func() (net.Conn, error) { return r.Dial(t.Context(), recordOf(r.enrolled.host, broker), nil, false) },
 		func() (net.Conn, error) { return r.Dialer().DialContext(t.Context(), "tcp", broker.String()) },
 	} {
 		conn, err := dial()
@@ -421,5 +421,25 @@ func TestBPFFSIsMountedOnce(t *testing.T) {
 	}
 	if err := unix.Unmount(path, 0); !errors.Is(err, unix.EINVAL) {
 		t.Errorf("it was mounted twice: %v", err)
+	}
+}
+
+func TestAnAddressThatTheRedirectGaveIsNotTheClients(t *testing.T) {
+	for _, c := range []struct{ client, to, want string }{
+		{"127.0.0.1:1", "10.0.0.9:9092", "invalid AddrPort"},
+		{"10.0.0.5:1", "10.0.0.9:9092", "10.0.0.5:0"},
+		{"127.0.0.2:1", "127.0.0.9:9092", "127.0.0.2:0"},
+		{"[::ffff:10.0.0.5]:1", "10.0.0.9:9092", "10.0.0.5:0"},
+		{"[::1]:1", "[2001:db8::9]:9092", "invalid AddrPort"},
+		{"[2001:db8::5]:1", "[2001:db8::9]:9092", "[2001:db8::5]:0"},
+		{"[::1]:1", "10.0.0.9:9092", "invalid AddrPort"},
+	} {
+		client := net.TCPAddrFromAddrPort(netip.MustParseAddrPort(c.client))
+		if got := boundTo(client, netip.MustParseAddrPort(c.to).Addr()); got.String() != c.want {
+			t.Errorf("%s to %s: %s, want %s", c.client, c.to, got, c.want)
+		}
+	}
+	if got := boundTo(nil, netip.MustParseAddr("10.0.0.9")); got.IsValid() {
+		t.Errorf("without a client: %s", got)
 	}
 }

@@ -11,8 +11,8 @@ import (
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
-// volatile fields differ between two brokers that do the same. Of numbers the sign is compared, of ids and texts whether
-// there is one.
+// volatile fields differ between two brokers that do the same. Of numbers the sign is compared, of ids and texts
+// whether there is one.
 var volatile = map[string]string{
 	"*.ThrottleMillis":                       "how busy the broker is",
 	"CreateTopics.Topics.TopicID":            "chosen at random",
@@ -230,8 +230,8 @@ func compareLists(d difference, kafka, ours []any) (all []difference) {
 
 // naming fields tell the entries of a list apart.
 var naming = []string{
-	"Topic", "TopicID", "Partition", "Group", "Name", "ResourceType", "ResourceName", "ApiKey", "NodeID", "MemberID", "Key",
-	"TransactionalID", "ProducerID", "ConfigName", "Principal", "Dir", "User", "Operation", "Host",
+	"Topic", "TopicID", "Partition", "Group", "Name", "ResourceType", "ResourceName", "ApiKey", "NodeID", "MemberID",
+	"Key", "TransactionalID", "ProducerID", "ConfigName", "Principal", "Dir", "User", "Operation", "Host",
 }
 
 func names(list []any) []string {

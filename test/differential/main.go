@@ -18,17 +18,12 @@ import (
 	"syscall"
 	"time"
 
+	"klamm/test/host"
 	"klamm/test/kafka"
 )
 
 func main() {
-	if len(os.Args) == 2 && os.Args[1] == "dial" {
-		if err := beDialer(); err != nil {
-			fmt.Fprintln(os.Stderr, "dialer:", err)
-			os.Exit(2)
-		}
-		return
-	}
+	host.BeDialer()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	failed, err := run(ctx, os.Args[1:])
 	stop()
@@ -73,7 +68,7 @@ func run(ctx context.Context, args []string) (failed int, err error) {
 	s := &suite{mutate: os.Getenv("MUTATE") == "1", klamm: klamm, began: time.Now()}
 	for version := range strings.SplitSeq(*versions, ",") {
 		if err := s.play(ctx, version, scenarios); err != nil {
-			return 0, fmt.Errorf("Kafka %s: %w", version, err)
+			return 0, fmt.Errorf("on Kafka %s: %w", version, err)
 		}
 	}
 	fmt.Printf("%d passed, %d failed\n", s.passed, s.failed)

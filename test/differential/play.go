@@ -118,9 +118,9 @@ func (p *play) ask(i int, st *step, user, connection string) (req kmsg.Request, 
 		}
 	}
 	for name, path := range st.Keep {
-		v, err := at(o.answer, path)
-		if err != nil {
-			return req, o, err
+		v, there := find(o.answer, path)
+		if !there {
+			return req, o, fmt.Errorf("the answer has no %s to keep:\n%s", path, message.Show(o.answer))
 		}
 		p.kept[i][name] = textOf(v)
 	}
@@ -141,9 +141,9 @@ func (p *play) versionOf(st *step) int16 {
 // settled tells whether the answer has what the step waits for.
 func (st *step) settled(o outcome) (bool, error) {
 	for _, path := range slices.Sorted(maps.Keys(st.Until)) {
-		v, err := at(o.answer, path)
-		if err != nil {
-			return false, nil // not yet
+		v, there := find(o.answer, path)
+		if !there {
+			return false, nil
 		}
 		want := reflect.New(v.Type())
 		node := st.Until[path]
@@ -157,9 +157,9 @@ func (st *step) settled(o outcome) (bool, error) {
 	return true, nil
 }
 
-// at finds a field of an answer: Groups.0.MemberID.
-func at(answer kmsg.Response, path string) (reflect.Value, error) {
-	v := reflect.ValueOf(answer)
+// find finds a field of an answer: Groups.0.MemberID.
+func find(answer kmsg.Response, path string) (v reflect.Value, found bool) {
+	v = reflect.ValueOf(answer)
 	for name := range strings.SplitSeq(path, ".") {
 		for v.Kind() == reflect.Pointer || v.Kind() == reflect.Interface {
 			v = v.Elem()
@@ -171,13 +171,13 @@ func at(answer kmsg.Response, path string) (reflect.Value, error) {
 		case v.Kind() == reflect.Struct && v.FieldByName(name).IsValid():
 			v = v.FieldByName(name)
 		default:
-			return v, fmt.Errorf("the answer has no %s (at %s)", path, name)
+			return v, false
 		}
 	}
 	for v.Kind() == reflect.Pointer && !v.IsNil() {
 		v = v.Elem()
 	}
-	return v, nil
+	return v, true
 }
 
 // textOf is a value as a scenario writes it.

@@ -48,7 +48,7 @@ type world struct {
 	throughACLs *side
 
 	dir, cgroup string
-	dialer      *dialer
+	dialer      *host.Dialer // in the cgroup that the node redirects
 	node        *host.Process
 	clusters    []*kafka.Cluster
 }
@@ -81,7 +81,7 @@ func newWorld(ctx context.Context, version, klamm string, mutate bool) (_ *world
 	if w.cgroup, err = host.NewCgroup("klamm-differential-", "node", "clients"); err != nil {
 		return nil, err
 	}
-	if w.dialer, err = startDialer(filepath.Join(w.cgroup, "clients")); err != nil {
+	if w.dialer, err = host.StartDialer(kafka.Place{Cgroup: filepath.Join(w.cgroup, "clients")}, ""); err != nil {
 		return nil, err
 	}
 	if err = w.startClusters(ctx); err != nil {
@@ -120,9 +120,9 @@ func (w *world) startClusters(ctx context.Context) error {
 			return err
 		}
 		w.clusters = append(w.clusters, c)
-		dial := w.dialer.dial
+		dial := w.dialer.Dial
 		if i == 0 {
-			dial = connect
+			dial = dialDirect
 		}
 		*sides[i] = newSide(w, c.SASLAddrs()[0], dial)
 		if o.Authorizer {
@@ -333,7 +333,7 @@ func (w *world) close() error {
 		all = append(all, c.Stop())
 	}
 	if w.dialer != nil {
-		all = append(all, w.dialer.stop())
+		all = append(all, w.dialer.End())
 	}
 	if w.cgroup != "" {
 		all = append(all, host.RemoveCgroup(w.cgroup))
