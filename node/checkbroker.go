@@ -17,7 +17,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/rs/zerolog"
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/kmsg"
@@ -67,14 +66,12 @@ func CheckBrokers(ctx context.Context, c Config, what BrokerCheck) ([]Finding, e
 		return findings, err
 	}
 	check := brokerCheck{BrokerCheck: what, ports: c.Intercept.Ports, dial: new(net.Dialer).DialContext}
-	if c.SPIRE != nil {
-		options := c.SPIRE.options()
-		options.Log = zerolog.Nop()
-		if check.spire, err = spiffe.NewSPIRE(options, nil); err != nil {
-			return nil, err
-		}
-		defer func() { _ = check.spire.Close() }()
+	spire, end, err := c.openSPIRE()
+	if err != nil {
+		return nil, err
 	}
+	defer end()
+	check.spire = spire
 	return check.run(ctx, c.Clusters), nil
 }
 
@@ -106,13 +103,6 @@ func (b *brokerCheck) run(ctx context.Context, clusters []ClusterConfig) (findin
 		}
 	}
 	return findings
-}
-
-func (b *brokerCheck) agent() *spiffe.Agent {
-	if b.spire == nil {
-		return nil
-	}
-	return b.spire.Agent()
 }
 
 // who is on whose behalf brokers are tried.
@@ -147,12 +137,12 @@ func finding(check, remedy, detail string, err error) Finding {
 
 // cluster checks one cluster.
 func (b *brokerCheck) cluster(ctx context.Context, c ClusterConfig) (findings []Finding) {
-	own, err := newClient(c, b.agent(), b.dial)
+	own, err := newClient(c, agentOf(b.spire), b.dial)
 	if err != nil {
 		return []Finding{finding("cluster "+c.Name, notReached, "", err)}
 	}
 	defer own.Close()
-	if agent := b.agent(); agent != nil {
+	if agent := agentOf(b.spire); agent != nil {
 		agent.Asked(ctx) // else the first handshake would come too early
 	}
 	req := kmsg.NewPtrMetadataRequest()
@@ -350,7 +340,7 @@ func (b *brokerCheck) try(ctx context.Context, address string, secure, token boo
 // upstream opens the configured way to every broker, on behalf of who.
 func (b *brokerCheck) upstream(ctx context.Context, c ClusterConfig, brokers []kmsg.MetadataResponseBroker,
 	who upstream.Identity) (findings []Finding) {
-	way, err := c.Upstream.open(b.agent(), b.dial)
+	way, err := c.Upstream.open(agentOf(b.spire), b.dial)
 	if err != nil {
 		return []Finding{finding("upstream of "+c.Name, "mend upstream in klamm.yaml", "", err)}
 	}

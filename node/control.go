@@ -15,7 +15,8 @@ import (
 	"klamm/bpf"
 )
 
-// serveControl answers at the control socket until ctx ends: status, enrolment, hand-over. Only root can connect.
+// serveControl answers at the control socket until ctx ends: status, what brokers say, enrolment, hand-over. Only root
+// can connect.
 func (n *Node) serveControl(ctx context.Context, failed chan<- error) error {
 	path := n.config.Node.Socket
 	if path == "" {
@@ -28,6 +29,7 @@ func (n *Node) serveControl(ctx context.Context, failed chan<- error) error {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/status", n.serveStatus)
 	mux.HandleFunc("GET "+checkPath, n.serveCheck)
+	mux.HandleFunc("GET "+aclsPath, n.serveACLs)
 	mux.HandleFunc("POST /v1/handover", n.handOver)
 	mux.Handle("POST /v1/enrol", enrolHandler(n.redirect.enrolled))
 	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}

@@ -12,7 +12,8 @@ import (
 )
 
 func newPolicyCommand() *cobra.Command {
-	return group("policy", "Check policy files and explain decisions", newPolicyCheckCommand, newPolicyExplainCommand)
+	return group("policy", "Check policy files, explain decisions, translate Kafka's ACLs",
+		newPolicyCheckCommand, newPolicyExplainCommand, newPolicyImportACLsCommand)
 }
 
 // readPolicy reads one policy file. The error names the file, and is a strict.Errors like those of policy.Parse.

@@ -138,7 +138,8 @@ func TestCommandLines(t *testing.T) {
 			ask + "--topic t", 1, "", "klamm: required flag(s) \"operation\" not set\n",
 		},
 		"an operation the resource does not have": {ask + "--transactional-id t --operation Read", 1, "",
-			"klamm: --operation: there is no operation Read on a transactional-id (allowed: All, Write, Describe)\n"},
+			"klamm: --operation: there is no operation Read on a transactional-id " +
+				"(allowed: All, Write, Describe, TwoPhaseCommit)\n"},
 		"all operations at once": {ask + "--topic t --operation All", 1, "",
 			"klamm: --operation: a request asks for one operation at a time, All is for rules\n"},
 		"a SPIFFE ID that is none": {ask + "--topic t --operation Read --spiffe-id orders", 1, "",
@@ -270,7 +271,7 @@ func TestVersionAsData(t *testing.T) {
 }
 
 func TestTheHelpOfEveryCommandNamesItsExitCodes(t *testing.T) {
-	for _, args := range []string{"--help", "policy check --help", "policy explain --help"} {
+	for _, args := range []string{"--help", "policy check --help", "policy explain --help", "policy import-acls --help"} {
 		if code, out, _ := klamm(t, strings.Fields(args)...); code != 0 || !strings.Contains(out, "Exit codes: 0") {
 			t.Errorf("%s: exit code %d\n%s", args, code, out)
 		}

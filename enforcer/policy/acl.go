@@ -13,9 +13,12 @@ import (
 )
 
 const (
-	operationCodes = 15 // AclOperation codes 0 (UNKNOWN) to 14 (DESCRIBE_TOKENS)
+	operationCodes = 16 // AclOperation codes 0 (UNKNOWN) to 15 (TWO_PHASE_COMMIT)
 	resourceCodes  = 8  // ResourceType codes 0 (UNKNOWN) to 7 (USER)
 )
+
+// TwoPhaseCommit is AclOperation.TWO_PHASE_COMMIT (KIP-939, Kafka 4.1), which kmsg does not name yet.
+const TwoPhaseCommit kmsg.ACLOperation = 15
 
 // operations is a set of AclOperation: bit n stands for code n.
 type operations uint16
@@ -45,7 +48,26 @@ var operationNames = [operationCodes]string{
 	kmsg.ACLOperationIdempotentWrite: "IdempotentWrite",
 	kmsg.ACLOperationCreateTokens:    "CreateTokens",
 	kmsg.ACLOperationDescribeTokens:  "DescribeTokens",
+	TwoPhaseCommit:                   "TwoPhaseCommit",
 }
+
+// OperationName is the name of an operation as Kafka writes it: "DescribeConfigs". Empty for what is no operation a
+// rule can give.
+func OperationName(op kmsg.ACLOperation) string {
+	if op < 0 || op >= operationCodes {
+		return ""
+	}
+	return operationNames[op]
+}
+
+// Supports tells whether Kafka ever asks for the operation on a resource of the type (AclEntry.supportedOperations), or
+// it is All.
+func Supports(t kmsg.ACLResourceType, op kmsg.ACLOperation) bool {
+	return OperationName(op) != "" && resources[t].supported.has(op)
+}
+
+// ResourceKey is the key of a resource type (topic to user) in a policy file.
+func ResourceKey(t kmsg.ACLResourceType) string { return resources[t].key }
 
 func (o operations) names() []string {
 	var names []string
@@ -96,7 +118,7 @@ var resources = [resourceCodes]resource{
 		kmsg.ACLOperationClusterAction, kmsg.ACLOperationDescribeConfigs, kmsg.ACLOperationAlterConfigs,
 		kmsg.ACLOperationIdempotentWrite, kmsg.ACLOperationAlter, kmsg.ACLOperationDescribe)},
 	kmsg.ACLResourceTypeTransactionalId: {"transactional-id", setOf(kmsg.ACLOperationAll, kmsg.ACLOperationDescribe,
-		kmsg.ACLOperationWrite)},
+		kmsg.ACLOperationWrite, TwoPhaseCommit)},
 	kmsg.ACLResourceTypeDelegationToken: {"delegation-token", setOf(kmsg.ACLOperationAll, kmsg.ACLOperationDescribe)},
 	kmsg.ACLResourceTypeUser: {"user", setOf(kmsg.ACLOperationAll, kmsg.ACLOperationCreateTokens,
 		kmsg.ACLOperationDescribeTokens)},

@@ -357,6 +357,9 @@ func (p *principal) readSPIFFE(word string) error {
 	return nil
 }
 
+// CheckPrincipal tells what is wrong with a principal of a rule.
+func CheckPrincipal(text string) error { return new(principal).UnmarshalText([]byte(text)) }
+
 func (p principal) names(s *Subject) bool {
 	switch p.kind {
 	case anyone:
