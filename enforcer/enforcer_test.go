@@ -2,7 +2,6 @@ package enforcer
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"io"
 	"net"
@@ -10,20 +9,15 @@ import (
 	"testing"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/twmb/franz-go/pkg/kmsg"
 
 	"klamm/enforcer/audit"
-	"klamm/enforcer/kafka/authz"
+	"klamm/enforcer/kafka"
 	"klamm/enforcer/policy"
 	"klamm/spiffe"
 )
 
-// noTopics is a cluster that has none.
-type noTopics struct{}
-
-func (noTopics) Name(authz.TopicID) (string, bool)              { return "", false }
-func (noTopics) Resolve(context.Context, []authz.TopicID) error { return nil }
-func (noTopics) Learn(*kmsg.MetadataResponse)                   {}
+// noTopics is a cluster that nobody asks.
+type noTopics struct{ kafka.Cluster }
 
 // nobody is a workload that no source knows.
 type nobody struct{}

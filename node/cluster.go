@@ -21,6 +21,7 @@ import (
 
 	"klamm/bpf"
 	"klamm/enforcer/hello"
+	"klamm/enforcer/kafka/authz"
 	"klamm/node/upstream"
 	"klamm/spiffe"
 )
@@ -46,10 +47,12 @@ type pace struct {
 	demand  time.Duration // after a look, before the next on demand
 	lookups time.Duration // between two requests for topic ids
 	unknown time.Duration // an id the cluster did not have is not asked for again
+	absent  time.Duration // nor is a member its group did not have
+	names   time.Duration // between two requests for the list of topics
 }
 
 var defaultPace = pace{refresh: 30 * time.Second, retry: 2 * time.Second, demand: time.Second,
-	lookups: 50 * time.Millisecond, unknown: 5 * time.Second}
+	lookups: 50 * time.Millisecond, unknown: 5 * time.Second, absent: time.Minute, names: 5 * time.Second}
 
 // ClusterOptions is what clusters need of the node.
 type ClusterOptions struct {
@@ -76,6 +79,8 @@ type ClusterOptions struct {
 // topic has which id. Safe for concurrent use.
 type Cluster struct {
 	*topics
+	*members
+	names   topicNames
 	config  ClusterConfig
 	opts    ClusterOptions
 	client  *kgo.Client
@@ -147,9 +152,11 @@ func OpenCluster(config ClusterConfig, opts ClusterOptions) (*Cluster, error) {
 		}
 	}
 	opts.Log = opts.Log.With().Str("cluster", config.Name).Logger()
-	c := &Cluster{topics: newTopics(*opts.pace, opts.Log), config: config, opts: opts, client: client, up: up,
-		clients: met,
-		state:   ClusterState{Name: config.Name, Err: errors.New("not asked yet")}}
+	c := &Cluster{topics: newTopics(*opts.pace, opts.Log), members: newMembers(*opts.pace, opts.Log),
+		config: config, opts: opts, client: client, up: up, clients: met,
+		state: ClusterState{Name: config.Name, Err: errors.New("not asked yet")}}
+	c.names.pace, c.names.log = *opts.pace, opts.Log
+	c.names.ask = func(ctx context.Context) ([]string, error) { return askTopicNames(ctx, client, c.learn) }
 	c.known.Store(&brokers{ports: opts.Ports})
 	c.ctx, c.stop = context.WithCancel(context.Background())
 	c.publish(brokers{names: c.config.Bootstrap})
@@ -183,6 +190,25 @@ func (c *Cluster) State() ClusterState {
 // not asked for again for some seconds. It waits until ctx ends at the latest.
 func (c *Cluster) Resolve(ctx context.Context, ids [][16]byte) error {
 	return c.resolve(ctx, c.ctx, c.client, ids)
+}
+
+// TopicNames are the names of all topics, as far as is known; see [authz.Groups].
+func (c *Cluster) TopicNames() (names []string, edition uint64) { return c.names.current(c.background) }
+
+// Relist returns when TopicNames has a list that the cluster gave after the call.
+func (c *Cluster) Relist(ctx context.Context) error { return c.names.renew(ctx, c.background) }
+
+// Recall has a member of a consumer group looked up, for its next heartbeat.
+func (c *Cluster) Recall(m authz.MemberName) { c.want(m, c.background, c.client) }
+
+// background runs f until Close, which waits for its end.
+func (c *Cluster) background(f func(context.Context)) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ctx.Err() != nil {
+		return
+	}
+	c.done.Go(func() { f(c.ctx) })
 }
 
 // Learn takes up the topic ids of an answer by one of the cluster's confirmed brokers. A broker named there that the

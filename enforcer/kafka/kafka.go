@@ -19,8 +19,13 @@ import (
 // Cluster is what a session needs to know of the Kafka cluster it talks to.
 type Cluster interface {
 	authz.Topics
+	authz.Groups
 	// Resolve looks ids up in the cluster; those it does not have stay unknown. It may block until ctx ends.
 	Resolve(ctx context.Context, ids []authz.TopicID) error
+	// Relist returns when TopicNames has a list that the cluster gave after the call. It may block until ctx ends.
+	Relist(ctx context.Context) error
+	// Recall has a member looked up, for its next heartbeat. It does not block.
+	Recall(authz.MemberName)
 	// Learn takes up the topic ids of an answer by one of the cluster's own brokers.
 	Learn(*kmsg.MetadataResponse)
 }

@@ -204,16 +204,19 @@ func (s *session) decide(e entry, frame []byte, view *policy.View) error {
 			return err
 		}
 	}
-	ctx := &authz.Ctx{View: view, Topics: s.conn.Cluster, Fetch: s.fetchSes, Share: s.shareSes,
+	ctx := &authz.Ctx{View: view, Topics: s.conn.Cluster, Groups: s.conn.Cluster, Fetch: s.fetchSes, Share: s.shareSes,
 		AutoCreate: s.conn.AutoCreate, Principal: e.V.who.own()}
 	v := authz.Table[h.Key].Decide(ctx, req)
-	if len(ctx.Missing) > 0 {
+	if len(ctx.Missing) > 0 || ctx.Stale {
 		if err := s.up.Flush(); err != nil {
 			return err
 		}
 		s.resolve(ctx)
 		ctx.Checks = nil
 		v = authz.Table[h.Key].Decide(ctx, req)
+	}
+	if ctx.Unmet != nil {
+		s.conn.Cluster.Recall(*ctx.Unmet)
 	}
 	s.fetchSes, s.shareSes = ctx.Fetch, ctx.Share
 	e.V.ctx, e.V.edit = ctx, v.Edit
@@ -278,13 +281,25 @@ func (s *session) decide(e entry, frame []byte, view *policy.View) error {
 	return nil
 }
 
-// resolve looks up the ids a handler missed. A cluster that does not answer leaves them unknown, and so refused.
+// resolve looks up what a handler missed: ids, or which topics there are. A cluster that does not answer leaves it
+// unknown, and so refused.
 func (s *session) resolve(c *authz.Ctx) {
 	ctx, cancel := context.WithTimeout(context.Background(), resolveTimeout)
 	defer cancel()
-	_ = s.conn.Cluster.Resolve(ctx, c.Missing)
-	c.Missing, c.Resolved = nil, true
+	if len(c.Missing) > 0 {
+		_ = s.conn.Cluster.Resolve(ctx, c.Missing)
+	}
+	if c.Stale && s.conn.Cluster.Relist(ctx) != nil {
+		c.Groups = unlisted{c.Groups}
+	}
+	c.Missing, c.Stale, c.Resolved, c.Renewed = nil, false, true, true
 }
+
+// unlisted is a cluster of which it is not known which topics it has now.
+type unlisted struct{ authz.Groups }
+
+// TopicNames is no list.
+func (unlisted) TopicNames() ([]string, uint64) { return nil, 0 }
 
 // unsupported answers a key or version that is hidden from ApiVersions.
 func (s *session) unsupported(e entry, frame []byte) error {

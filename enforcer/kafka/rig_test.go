@@ -211,6 +211,13 @@ func (k *knownTopics) Name(id authz.TopicID) (string, bool) {
 	return name, ok
 }
 
+// TopicNames, Member and what follows know of no groups.
+func (k *knownTopics) TopicNames() ([]string, uint64)          { return nil, 0 }
+func (k *knownTopics) Member(string, string) *authz.Member     { return nil }
+func (k *knownTopics) SetMember(string, string, *authz.Member) {}
+func (k *knownTopics) Relist(context.Context) error            { return nil }
+func (k *knownTopics) Recall(authz.MemberName)                 {}
+
 func (k *knownTopics) Resolve(context.Context, []authz.TopicID) error { return nil }
 
 func (k *knownTopics) Learn(m *kmsg.MetadataResponse) {

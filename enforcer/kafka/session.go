@@ -20,7 +20,7 @@ import (
 
 const (
 	maxInFlight    = 256              // answers owed to one client; more wait in its socket (Kafka clients: 5 to 1000)
-	resolveTimeout = 5 * time.Second  // for looking topic ids up
+	resolveTimeout = 5 * time.Second  // for looking topics up
 	handledRequest = 2                // times its decoded size: itself, and the part or the answer a verdict makes of it
 	drainTimeout   = 10 * time.Second // for the answers that are owed when one side has ended
 )

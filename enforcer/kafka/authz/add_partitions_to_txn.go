@@ -1,32 +1,44 @@
 package authz
 
 import (
+	"slices"
+
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
+// noTopic is a name no topic can have. An AddPartitionsToTxn that names it fails as a whole, whatever else it names.
+const noTopic = "klamm:refused"
+
 // addPartitionsToTxn: TransactionalId Write and Topic Write. It is all or nothing: when one topic is refused, the
-// others get OPERATION_NOT_ATTEMPTED and the transaction stays as it was. Versions 4 and up are for brokers alone.
+// others get OPERATION_NOT_ATTEMPTED, or UNKNOWN_TOPIC_OR_PARTITION where there is none, and the transaction stays as
+// it was. Which of them there are only the broker knows, so it is asked, with noTopic in place of the refused ones.
+//
+// Versions 4 and up (KIP-890) are for brokers, which verify what they append: Cluster ClusterAction, and no more.
 func addPartitionsToTxn(c *Ctx, req *kmsg.AddPartitionsToTxnRequest) Verdict {
+	if req.Version >= 4 {
+		if !c.AllowCluster(kmsg.ACLOperationClusterAction) {
+			return Verdict{Answer: Refuse(req, kerr.ClusterAuthorizationFailed, "")}
+		}
+		return Verdict{}
+	}
 	if !c.AllowTxn(req.TransactionalID, kmsg.ACLOperationWrite) {
 		return Verdict{Answer: Refuse(req, kerr.TransactionalIDAuthorizationFailed, "")}
 	}
-	anyRefused := false
-	refused := make([]bool, len(req.Topics))
-	for i := range req.Topics {
-		refused[i] = !c.AllowTopic(req.Topics[i].Topic, kmsg.ACLOperationWrite)
-		anyRefused = anyRefused || refused[i]
-	}
-	if !anyRefused {
+	kept, out := sift(req.Topics, func(t *kmsg.AddPartitionsToTxnRequestTopic) *kerr.Error {
+		return c.judgeTopic(false, t.Topic, TopicID{}, kmsg.ACLOperationWrite)
+	})
+	if len(out) == 0 {
 		return Verdict{}
 	}
-	answer := as[*kmsg.AddPartitionsToTxnResponse](Refuse(req, kerr.OperationNotAttempted, ""))
-	for i := range answer.Topics {
-		for j := range answer.Topics[i].Partitions {
-			if refused[i] {
-				answer.Topics[i].Partitions[j].ErrorCode = kerr.TopicAuthorizationFailed.Code
-			}
-		}
-	}
-	return Verdict{Answer: answer}
+	forward, part := *req, *req
+	part.Topics = out[0].entries
+	refused := as[*kmsg.AddPartitionsToTxnResponse](Refuse(&part, out[0].err, "")).Topics
+	forward.Topics = append(kept, kmsg.AddPartitionsToTxnRequestTopic{Topic: noTopic, Partitions: []int32{0}})
+	return partly(c, &forward, len(kept), func(_ *Ctx, resp *kmsg.AddPartitionsToTxnResponse) {
+		resp.Topics = slices.DeleteFunc(resp.Topics, func(t kmsg.AddPartitionsToTxnResponseTopic) bool {
+			return t.Topic == noTopic
+		})
+		resp.Topics = slices.Concat(refused, resp.Topics)
+	})
 }

@@ -33,7 +33,9 @@ type Check struct {
 type Ctx struct {
 	View     *policy.View
 	Topics   Topics
-	Resolved bool // ids in Missing have been looked up: what is still unknown, the cluster does not have
+	Groups   Groups // nil: nothing is known of members, nor which topics there are
+	Resolved bool   // ids in Missing have been looked up: what is still unknown, the cluster does not have
+	Renewed  bool   // the list of topics was made after the request came, as Stale asked for
 	// AutoCreate tells that the cluster's brokers create topics a Metadata request names (auto.create.topics.enable).
 	// Only the error for a missing topic depends on it: nothing is created without the right to.
 	AutoCreate bool
@@ -46,6 +48,9 @@ type Ctx struct {
 
 	Checks  []Check   // every decision, in the order taken
 	Missing []TopicID // ids Topic was asked for and did not know; the session looks them up and calls the handler again
+	Stale   bool      // the list of topics must be renewed; the session has that done and calls the handler again
+	// Unmet is a member of which nothing is known. The session has it looked up, for its next heartbeat.
+	Unmet *MemberName
 }
 
 // Allow decides and records one access. In observe mode it answers true for what would be refused.

@@ -8,7 +8,8 @@ import (
 )
 
 // consumerGroupDescribe (KIP-848): Group Describe. Refused groups come before the broker's. A group with an assigned
-// topic the subject may not describe is replaced by the error alone, as Kafka does from 4.0.
+// topic the subject may not describe is replaced by the error alone, as Kafka does from 4.0. Members are shown with the
+// subscription they made, not with what the broker was told instead.
 func consumerGroupDescribe(c *Ctx, req *kmsg.ConsumerGroupDescribeRequest) Verdict {
 	kept, out := sift(req.Groups, func(group *string) *kerr.Error {
 		return c.judgeGroup(*group, kmsg.ACLOperationDescribe)
@@ -29,6 +30,7 @@ func consumerGroupDescribe(c *Ctx, req *kmsg.ConsumerGroupDescribeRequest) Verdi
 				*group = as[*kmsg.ConsumerGroupDescribeResponse](
 					Refuse(&part, kerr.TopicAuthorizationFailed, groupHasHiddenTopics)).Groups[0]
 			}
+			showSubscriptions(group.Members)
 			c.limitGroupOperations(group.Group, &group.AuthorizedOperations)
 		}
 		resp.Groups = slices.Concat(refused, resp.Groups)
@@ -37,6 +39,16 @@ func consumerGroupDescribe(c *Ctx, req *kmsg.ConsumerGroupDescribeRequest) Verdi
 		return partly(c, &forward, len(kept), merge)
 	}
 	return Verdict{Edit: edit(merge)}
+}
+
+// showSubscriptions undoes what subscriptions by regular expression became on their way to the broker.
+func showSubscriptions(members []kmsg.ConsumerGroupDescribeResponseGroupMember) {
+	for i := range members {
+		m := &members[i]
+		if s := subscriptionOf(m.SubscribedTopics, m.SubscribedTopicRegex); s.regex != "" && !s.native {
+			m.SubscribedTopics, m.SubscribedTopicRegex = s.topics, &s.regex
+		}
+	}
 }
 
 // describesAssigned tells whether the subject may describe every topic assigned in the group. decided keeps the

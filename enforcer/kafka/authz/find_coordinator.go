@@ -26,8 +26,8 @@ func findCoordinator(c *Ctx, req *kmsg.FindCoordinatorRequest) Verdict {
 	ours := make([]*kmsg.FindCoordinatorResponseCoordinator, len(req.CoordinatorKeys))
 	for i, key := range req.CoordinatorKeys {
 		if err := c.judgeCoordinator(req, key); err != nil {
-			if err == kerr.InvalidRequest { // of the whole request, whatever the key
-				return Verdict{Answer: Refuse(req, err, invalidRequest)}
+			if err == kerr.InvalidRequest || err == kerr.ClusterAuthorizationFailed { // of the request, whatever the key
+				return Verdict{Answer: Refuse(req, err, coordinatorErrors[err])}
 			}
 			ours[i] = &kmsg.FindCoordinatorResponseCoordinator{
 				Key: key, NodeID: -1, Port: -1, ErrorCode: err.Code, ErrorMessage: new(string),
@@ -63,9 +63,11 @@ func (c *Ctx) judgeCoordinator(req *kmsg.FindCoordinatorRequest, key string) *ke
 	return nil
 }
 
-// coordinatorErrors are the broker's messages (Errors.java), which versions 1 to 3 of the answer carry.
+// coordinatorErrors are the broker's messages (Errors.java), which refusals of whole requests carry, and so all of
+// versions 1 to 3.
 var coordinatorErrors = map[*kerr.Error]string{
 	kerr.GroupAuthorizationFailed:           groupAuthorizationFailed,
 	kerr.TransactionalIDAuthorizationFailed: "Transactional Id authorization failed.",
+	kerr.ClusterAuthorizationFailed:         clusterAuthorizationFailed,
 	kerr.InvalidRequest:                     invalidRequest,
 }

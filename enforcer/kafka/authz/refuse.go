@@ -109,15 +109,18 @@ var noValue = []string{
 	"BaseOffset", "CommittedOffset", "HighWatermark", "LowWatermark", "NodeID", "Offset", "Port", "ProducerEpoch",
 }
 
+// nullLists are the lists that are null when nothing is said, by Kafka's schema.
+var nullLists = []string{"ActiveTasks", "PartitionsByUserEndpoint", "StandbyTasks", "WarmupTasks"}
+
 // void makes a struct of the answer say "nothing": -1 where that is the convention, and empty lists rather than null
-// ones, which is what Kafka's generated code starts from.
+// ones but for nullLists, which is what Kafka's generated code starts from.
 func (r *refuser) void(v reflect.Value) {
 	for i := range v.NumField() {
 		field := v.Field(i)
 		switch {
 		case field.CanInt() && slices.Contains(noValue, v.Type().Field(i).Name):
 			field.SetInt(-1)
-		case field.Kind() == reflect.Slice && field.IsNil():
+		case field.Kind() == reflect.Slice && field.IsNil() && !slices.Contains(nullLists, v.Type().Field(i).Name):
 			field.Set(reflect.MakeSlice(field.Type(), 0, 0))
 		}
 	}

@@ -70,8 +70,7 @@ func TestAnUnsupportedVersionIsRefusedWhereAnAnswerCanBeWritten(t *testing.T) {
 		key, version int16
 		want         kmsg.Response
 	}{
-		{"an API that is not in the table", 66, 0,
-			&kmsg.ListTransactionsResponse{ErrorCode: kerr.UnsupportedVersion.Code}},
+		{"an API that is not in the table", 52, 0, &kmsg.VoteResponse{ErrorCode: kerr.UnsupportedVersion.Code}},
 		{"a version below the table's", 19, 0, &kmsg.CreateTopicsResponse{}},
 		{"a version nobody knows", 3, 99, nil},
 		{"a negative version", 3, -1, nil},

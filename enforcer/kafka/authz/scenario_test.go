@@ -32,9 +32,14 @@ type scenario struct {
 	Login      string            // the principal of a SASL login the client made itself; none when absent
 	Topics     map[string]string // topic id: name, what the cluster is known to have
 	AutoCreate bool              // the cluster creates topics that Metadata names
-	Before     struct {          // what came on the connection before
+	Listed     []string          // the topics there are, sorted, as far as the handler may know; unknown when absent
+	// Members are what was looked up of members of consumer groups, by "group/member", as ConsumerGroupDescribe tells it.
+	Members map[string]yaml.Node
+	Before  struct { // what came before, on the connection or of the same member
 		Policy   yaml.Node // by which it was decided; the scenario's own when absent
+		Listed   []string  // as above, then
 		Requests []yaml.Node
+		Answers  []yaml.Node // the broker's, where the handler looks at them
 	}
 	Request yaml.Node
 	Expect  struct {
@@ -47,6 +52,8 @@ type scenario struct {
 
 		Checks  []string // "Read topic orders.placed: allow by reads orders"; not compared when absent
 		Missing []string // topic ids asked for and not known
+		Stale   bool     // the list of topics is renewed for the decision
+		Unmet   string   // the member to be looked up, as "group/member"
 		Barrier bool
 	}
 }
@@ -112,7 +119,8 @@ func keyNamed(name string) int16 {
 }
 
 func (s *scenario) play(t *testing.T, view *policy.View, key, version int16) {
-	c := &Ctx{View: view, Topics: s.topics(t), AutoCreate: s.AutoCreate, Principal: s.Login}
+	c := &Ctx{View: view, Topics: s.topics(t), AutoCreate: s.AutoCreate, Groups: s.groups(t),
+		Principal: s.Login}
 	s.playBefore(t, c, key, version)
 	req := kmsg.RequestForKey(key)
 	build(t, &s.Request, req, version)
@@ -180,6 +188,16 @@ func (s *scenario) play(t *testing.T, view *policy.View, key, version int16) {
 	if v.Barrier != e.Barrier {
 		t.Errorf("barrier: %v", v.Barrier)
 	}
+	if c.Stale != e.Stale {
+		t.Errorf("renews the list of topics: %v", c.Stale)
+	}
+	unmet := ""
+	if c.Unmet != nil {
+		unmet = c.Unmet.Group + "/" + c.Unmet.ID
+	}
+	if unmet != e.Unmet {
+		t.Errorf("looks up member %q, expected %q", unmet, e.Unmet)
+	}
 }
 
 // playBefore leaves the sessions behind in c.
@@ -188,21 +206,32 @@ func (s *scenario) playBefore(t *testing.T, c *Ctx, key, version int16) {
 	if !s.Before.Policy.IsZero() {
 		before.View = s.viewOf(t, &s.Before.Policy)
 	}
+	if s.Before.Listed != nil {
+		c.Groups.(*groups).names, c.Groups.(*groups).edition = s.Before.Listed, 1
+	}
+	before.Groups = c.Groups
 	for i := range s.Before.Requests {
 		req := kmsg.RequestForKey(key)
 		build(t, &s.Before.Requests[i], req, version)
-		decide(&before, req)
-		before = Ctx{View: before.View, Topics: c.Topics, AutoCreate: c.AutoCreate, Fetch: before.Fetch, Share: before.Share}
+		v, _ := decide(&before, req)
+		if i < len(s.Before.Answers) && v.Edit != nil {
+			resp := kmsg.ResponseForKey(key)
+			build(t, &s.Before.Answers[i], resp, version)
+			v.Edit(&before, resp)
+		}
+		before = Ctx{View: before.View, Topics: c.Topics, AutoCreate: c.AutoCreate, Fetch: before.Fetch, Share: before.Share,
+			Groups: c.Groups}
 	}
 	c.Fetch, c.Share = before.Fetch, before.Share
+	c.Groups.(*groups).list(s.Listed)
 }
 
-// decide asks the handler as a session does: once more when it missed topic ids.
+// decide asks the handler as a session does: once more when it missed topic ids, or which topics there are.
 func decide(c *Ctx, req kmsg.Request) (v Verdict, missing []TopicID) {
 	api := &Table[req.Key()]
-	if v = api.Decide(c, req); len(c.Missing) > 0 {
+	if v = api.Decide(c, req); len(c.Missing) > 0 || c.Stale {
 		missing = c.Missing
-		c.Missing, c.Checks, c.Resolved = nil, nil, true
+		c.Missing, c.Checks, c.Resolved, c.Renewed = nil, nil, true, true
 		v = api.Decide(c, req)
 	}
 	return v, missing
@@ -249,6 +278,41 @@ func (s *scenario) versions(t testing.TB, row API) (versions []int16) {
 		}
 	}
 	return versions
+}
+
+// groups is the memory of a node.
+type groups struct {
+	names   []string
+	edition uint64
+	members map[MemberName]*Member
+}
+
+func (g *groups) TopicNames() ([]string, uint64) { return g.names, g.edition }
+
+func (g *groups) Member(group, id string) *Member { return g.members[MemberName{group, id}] }
+
+func (g *groups) SetMember(group, id string, m *Member) { g.members[MemberName{group, id}] = m }
+
+// list makes names the list, which nil leaves unknown.
+func (g *groups) list(names []string) {
+	if g.names = names; names != nil {
+		g.edition++
+	} else {
+		g.edition = 0
+	}
+}
+
+func (s *scenario) groups(t testing.TB) *groups {
+	g := &groups{members: map[MemberName]*Member{}}
+	for name, text := range s.Members {
+		group, id, _ := strings.Cut(name, "/")
+		m := kmsg.NewConsumerGroupDescribeResponseGroupMember()
+		if err := message.Fill(&text, &m); err != nil {
+			t.Fatal(err)
+		}
+		g.members[MemberName{group, id}] = MemberDescribed(&m)
+	}
+	return g
 }
 
 type topicMap map[TopicID]string

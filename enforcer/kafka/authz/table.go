@@ -60,12 +60,15 @@ func init() {
 		kmsg.DescribeDelegationToken:      {Min: 1, Max: 3, Decide: handle(describeDelegationToken)},
 
 		// Transactions and producers.
-		kmsg.InitProducerID:     {Min: 0, Max: 5, Decide: handle(initProducerID)},
-		kmsg.AddPartitionsToTxn: {Min: 0, Max: 3, Decide: handle(addPartitionsToTxn)},
-		kmsg.AddOffsetsToTxn:    {Min: 0, Max: 4, Decide: handle(addOffsetsToTxn)},
-		kmsg.EndTxn:             {Min: 0, Max: 5, Decide: handle(endTxn)},
-		kmsg.TxnOffsetCommit:    {Min: 0, Max: 6, Decide: handle(txnOffsetCommit)},
-		kmsg.WriteTxnMarkers:    {Min: 1, Max: 2, Decide: handle(writeTxnMarkers)},
+		kmsg.InitProducerID:       {Min: 0, Max: 5, Decide: handle(initProducerID)},
+		kmsg.AddPartitionsToTxn:   {Min: 0, Max: 5, Decide: handle(addPartitionsToTxn)},
+		kmsg.AddOffsetsToTxn:      {Min: 0, Max: 4, Decide: handle(addOffsetsToTxn)},
+		kmsg.EndTxn:               {Min: 0, Max: 5, Decide: handle(endTxn)},
+		kmsg.TxnOffsetCommit:      {Min: 0, Max: 6, Decide: handle(txnOffsetCommit)},
+		kmsg.DescribeProducers:    {Min: 0, Max: 0, Decide: handle(describeProducers)},
+		kmsg.DescribeTransactions: {Min: 0, Max: 0, Decide: handle(describeTransactions)},
+		kmsg.ListTransactions:     {Min: 0, Max: 2, Decide: handle(listTransactions)},
+		kmsg.WriteTxnMarkers:      {Min: 1, Max: 2, Decide: handle(writeTxnMarkers)},
 
 		// Groups.
 		kmsg.FindCoordinator: {Min: 0, Max: 6, Decide: handle(findCoordinator)},
@@ -75,6 +78,7 @@ func init() {
 		kmsg.LeaveGroup:      {Min: 0, Max: 5, Decide: handle(leaveGroup)},
 		kmsg.OffsetCommit:    {Min: 2, Max: 10, Decide: handle(offsetCommit)},
 		kmsg.OffsetFetch:     {Min: 1, Max: 10, Decide: handle(offsetFetch)},
+		kmsg.OffsetDelete:    {Min: 0, Max: 0, Decide: handle(offsetDelete)},
 		kmsg.DescribeGroups:  {Min: 0, Max: 6, Decide: handle(describeGroups)},
 		kmsg.ListGroups:      {Min: 0, Max: 5, Decide: handle(listGroups)},
 		kmsg.DeleteGroups:    {Min: 0, Max: 3, Decide: handle(deleteGroups)},
@@ -99,7 +103,12 @@ func init() {
 		kmsg.ReadShareGroupStateSummary: {Min: 0, Max: 1, Decide: shareGroupState},
 
 		// Streams groups (KIP-1071).
+		kmsg.StreamsGroupHeartbeat:                 {Min: 0, Max: 1, Decide: handle(streamsGroupHeartbeat)},
+		kmsg.StreamsGroupDescribe:                  {Min: 0, Max: 1, Decide: handle(streamsGroupDescribe)},
+		kmsg.StreamsGroupTopologyDescriptionUpdate: {Min: 0, Max: 0, Decide: handle(streamsGroupTopologyDescriptionUpdate)},
 
 		// Telemetry (KIP-714).
+		kmsg.GetTelemetrySubscriptions: {Min: 0, Max: 0, Decide: handle(getTelemetrySubscriptions)},
+		kmsg.PushTelemetry:             {Min: 0, Max: 0, Decide: handle(pushTelemetry)},
 	}
 }
