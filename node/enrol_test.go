@@ -267,7 +267,7 @@ func TestALoopbackDestinationIsDialledInTheClientsNamespace(t *testing.T) {
 	}
 	var l net.Listener
 	e.within(pid, func() (err error) {
-		l, err = net.Listen("tcp", "127.0.0.1:0")
+		l, err = net.Listen("tcp", "127.7.7.7:0") // where nothing of the host listens
 		return err
 	})
 	defer func() { _ = l.Close() }()
@@ -289,6 +289,44 @@ func TestALoopbackDestinationIsDialledInTheClientsNamespace(t *testing.T) {
 	_, err = e.Dial(t.Context(), recordOf(4711, to), nil, false)
 	if err == nil || !strings.Contains(err.Error(), "has ended") {
 		t.Errorf("a namespace that is gone: %v", err)
+	}
+}
+
+func TestAnAddressHasItsPortsForEachBroker(t *testing.T) {
+	e := newEnrolling(t)
+	pid, _ := e.inhabit(true)
+	if err := e.enrolled.enrol(netnsPath(pid), 0); err != nil {
+		t.Fatal(err)
+	}
+	var brokers [2]net.Listener
+	e.within(pid, func() (err error) {
+		if err = os.WriteFile("/proc/sys/net/ipv4/ip_local_port_range",
+			[]byte("40000 40009"), 0o644); err != nil {
+			return err
+		}
+		for i := range brokers {
+			if brokers[i], err = net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 9092+i)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	ns, err := openNetns(netnsPath(pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = ns.Close() }()
+	client := net.TCPAddrFromAddrPort(netip.MustParseAddrPort("127.0.0.2:1"))
+	for _, broker := range brokers {
+		defer func() { _ = broker.Close() }()
+		to := netip.MustParseAddrPort(broker.Addr().String())
+		for i := range 9 {
+			conn, err := e.Dial(t.Context(), recordOf(ns.cookie, to), client, false)
+			if err != nil {
+				t.Fatalf("connection %d to %s, of 10 ports: %v", i, to, err)
+			}
+			defer func() { _ = conn.Close() }()
+		}
 	}
 }
 

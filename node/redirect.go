@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/rs/zerolog"
+	"golang.org/x/sys/unix"
 
 	"klamm/bpf"
 )
@@ -273,7 +274,7 @@ func (r *Redirect) IsHost(cookie uint64) bool { return cookie == r.enrolled.host
 // Dialer returns a dialer for the node itself: its sockets are stamped before they connect, so they are not redirected.
 // They are plain TCP, since the stamp of an MPTCP socket is not on the subflow that connects.
 func (r *Redirect) Dialer() *net.Dialer {
-	d := &net.Dialer{Control: func(_, _ string, c syscall.RawConn) error { return control(c, r.stamp) }}
+	d := &net.Dialer{Control: func(_, _ string, c syscall.RawConn) error { return control(c, r.prepare) }}
 	d.SetMultipathTCP(false)
 	return d
 }
@@ -289,6 +290,12 @@ func (r *Redirect) Down(record bpf.Record) error {
 		}
 	})
 	return r.programs.Down(cookie, to, downFor)
+}
+
+// prepare stamps a socket that is about to connect. Its port is chosen by connect(2) even where it is bound to an
+// address (Linux 4.2): bind(2) would take one for all destinations, and an address would have 28,000 in all.
+func (r *Redirect) prepare(fd int) error {
+	return errors.Join(unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1), r.stamp(fd))
 }
 
 func (r *Redirect) stamp(fd int) error {
