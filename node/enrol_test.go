@@ -318,14 +318,14 @@ func TestAnAddressHasItsPortsForEachBroker(t *testing.T) {
 	defer func() { _ = ns.Close() }()
 	client := net.TCPAddrFromAddrPort(netip.MustParseAddrPort("127.0.0.2:1"))
 	for _, broker := range brokers {
-		defer func() { _ = broker.Close() }()
+		t.Cleanup(func() { _ = broker.Close() })
 		to := netip.MustParseAddrPort(broker.Addr().String())
 		for i := range 9 {
 			conn, err := e.Dial(t.Context(), recordOf(ns.cookie, to), client, false)
 			if err != nil {
 				t.Fatalf("connection %d to %s, of 10 ports: %v", i, to, err)
 			}
-			defer func() { _ = conn.Close() }()
+			t.Cleanup(func() { _ = conn.Close() })
 		}
 	}
 }
