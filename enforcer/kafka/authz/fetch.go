@@ -51,8 +51,11 @@ func fetch(c *Ctx, req *kmsg.FetchRequest) Verdict {
 	for i := range req.Topics {
 		c.fetchName(req.Version, req.Topics[i].Topic, req.Topics[i].TopicID)
 	}
+	if incremental && !c.Resolved {
+		c.Fetch.lookUp(c)
+	}
 	if len(c.Missing) > 0 && !c.Resolved {
-		return Verdict{}
+		return Verdict{} // before the mirror changes: the handler is called again
 	}
 	if incremental {
 		return c.Fetch.increment(c, req)
@@ -92,21 +95,12 @@ func fetchFull(c *Ctx, req *kmsg.FetchRequest, session bool) Verdict {
 	return Verdict{Forward: &forward, Edit: m.edit()}
 }
 
-// increment applies an incremental request to the mirror and works out what the broker's session has to hear.
+// increment applies an incremental request to the mirror and works out what the broker's session has to hear. As in
+// FetchSession of Apache Kafka, what the request names is in the session before what it forgets is taken out.
 func (m *FetchSession) increment(c *Ctx, req *kmsg.FetchRequest) Verdict {
 	up := &upstreamFetch{FetchRequest: *req}
 	up.Topics, up.ForgottenTopics = nil, nil
 
-	for i := range req.ForgottenTopics {
-		t := &req.ForgottenTopics[i]
-		for _, p := range t.Partitions {
-			if m.remove(fetchKey(req.Version, t.Topic, t.TopicID), p) {
-				up.forget(t.Topic, t.TopicID, p)
-			} else {
-				up.changed = true
-			}
-		}
-	}
 	listed := make(map[*fetchPart]bool)
 	for i := range req.Topics {
 		t := &req.Topics[i]
@@ -125,6 +119,16 @@ func (m *FetchSession) increment(c *Ctx, req *kmsg.FetchRequest) Verdict {
 			}
 		}
 	}
+	for i := range req.ForgottenTopics {
+		t := &req.ForgottenTopics[i]
+		for _, p := range t.Partitions {
+			if m.remove(fetchKey(req.Version, t.Topic, t.TopicID), p) {
+				up.forget(t.Topic, t.TopicID, p)
+			} else {
+				up.changed = true
+			}
+		}
+	}
 	m.reconsider(c, up, listed)
 
 	v := Verdict{}
@@ -135,6 +139,28 @@ func (m *FetchSession) increment(c *Ctx, req *kmsg.FetchRequest) Verdict {
 		v.Edit = m.edit()
 	}
 	return v
+}
+
+// lookUp asks for the topic ids that reconsider will want to know.
+func (m *FetchSession) lookUp(c *Ctx) {
+	if !m.byID || m.view == c.View && m.refused == 0 {
+		return
+	}
+	for _, key := range slices.Sorted(maps.Keys(m.parts)) {
+		if m.view != c.View || unknown(m.parts[key]) {
+			_, id := m.unkey(key)
+			c.Topic(id)
+		}
+	}
+}
+
+func unknown(parts map[int32]*fetchPart) bool {
+	for _, p := range parts {
+		if p.refused == kerr.UnknownTopicID.Code {
+			return true
+		}
+	}
+	return false
 }
 
 // reconsider decides again what the request did not list: every partition when the policy changed, and those whose
