@@ -44,7 +44,8 @@ func playName(topic int) string { return string("abcd"[topic]) }
 // playViews are those of a subject that may read some of the topics, by their bits.
 var playViews = func() (views [1 << playTopics]*policy.View) {
 	for allowed := range views {
-		text := "apiVersion: klamm/v1\nrules:\n  - {name: all, principals: [\"User:a\"], allow: [{group: g, operations: [Read]}"
+		text := "apiVersion: klamm/v1\nrules:\n  - {name: all, principals: [\"User:a\"], " +
+			"allow: [{group: g, operations: [Read]}"
 		for topic := range playTopics {
 			if allowed>>topic&1 == 1 {
 				text += fmt.Sprintf(", {topic: %s, operations: [Read]}", playName(topic))

@@ -112,3 +112,31 @@ func init() {
 		kmsg.PushTelemetry:             {Min: 0, Max: 0, Decide: handle(pushTelemetry)},
 	}
 }
+
+// Refused are the keys that get no row, and why: brokers and controllers use them among themselves. Docs show them.
+var Refused = map[kmsg.Key]string{
+	kmsg.LeaderAndISR:       controllerToBroker,
+	kmsg.StopReplica:        controllerToBroker,
+	kmsg.UpdateMetadata:     controllerToBroker,
+	kmsg.ControlledShutdown: brokerToController + ", with ZooKeeper",
+
+	kmsg.Vote:             raft,
+	kmsg.BeginQuorumEpoch: raft,
+	kmsg.EndQuorumEpoch:   raft,
+	kmsg.FetchSnapshot:    raft,
+	kmsg.UpdateRaftVoter:  raft,
+
+	kmsg.AlterPartition:         brokerToController,
+	kmsg.Envelope:               brokerToController + ": it carries a client's request with the client's principal",
+	kmsg.BrokerRegistration:     brokerToController,
+	kmsg.BrokerHeartbeat:        brokerToController,
+	kmsg.AllocateProducerIDs:    brokerToController,
+	kmsg.AssignReplicasToDirs:   brokerToController,
+	kmsg.ControllerRegistration: "controllers to the active controller",
+}
+
+const (
+	controllerToBroker = "controller to brokers, with ZooKeeper"
+	brokerToController = "brokers to the controller"
+	raft               = "among the controllers' Raft voters"
+)
