@@ -124,6 +124,8 @@ func (s *session) refilter(p *pending) {
 	p.edit = func(c *authz.Ctx, r kmsg.Response) {
 		if merge != nil {
 			merge(c, r)
+		} else if f, ok := r.(*kmsg.FetchResponse); ok && p.fetch != nil && f.ErrorCode == 0 {
+			f.SessionID = p.fetch.Answered(f.SessionID)
 		}
 		authz.FilterFetched(c, r)
 	}

@@ -163,12 +163,12 @@ func (s *session) readFetch(p *pending) error {
 		if err != nil {
 			return err
 		}
-		id, err := r.int(4)
+		id, err := r.take(4)
 		if err != nil {
 			return err
 		}
-		if p.fetch != nil && code == 0 {
-			p.fetch.SetID(int32(id))
+		if p.fetch != nil && code == 0 && r.pipe != nil { // on its way still, as the broker sent it
+			binary.BigEndian.PutUint32(id, uint32(p.fetch.Answered(int32(binary.BigEndian.Uint32(id)))))
 		}
 	}
 	topics, err := r.length()

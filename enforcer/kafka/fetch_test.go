@@ -221,6 +221,63 @@ func TestAFetchSessionFollowsThePolicy(t *testing.T) {
 	}
 }
 
+// A session all of whose topics are refused goes on for the client, as it does at a broker with an authorizer; the
+// broker behind ends it, and opens another when something is allowed again.
+func TestAFetchSessionOutlivesTheLossOfAllItsTopics(t *testing.T) {
+	for _, version := range []int16{7, 12, 13, 17} {
+		t.Run(fmt.Sprintf("v%d", version), func(t *testing.T) {
+			addr := newCluster(t, "orders", "secret").ListenAddrs()[0]
+			r := rand.New(rand.NewPCG(1, 1))
+			fill(t, addr, "secret", r, 1)
+			rig := newRig(t, ordersOnly)
+			client, _ := rig.serve(t, addr)
+			rig.shared.Policy.Store(parsePolicy(t, everything))
+			names := map[[16]byte]string{learnID(t, client, "secret"): "secret"}
+			rig.shared.Policy.Store(parsePolicy(t, ordersOnly))
+			session, epoch := int32(0), int32(0)
+			ask := func(when, want string, offset int64) {
+				t.Helper()
+				var topics []string
+				if offset >= 0 {
+					topics = []string{"secret"}
+				}
+				req := fetchRequest(version, session, epoch, topics...)
+				for i := range req.Topics {
+					for id := range names {
+						req.Topics[i].TopicID = id
+					}
+					req.Topics[i].Partitions[0].FetchOffset = offset
+				}
+				resp := client.ask(1, req).(*kmsg.FetchResponse)
+				if got := codes(resp, names)["secret"]; resp.ErrorCode != 0 || got != want {
+					t.Fatalf("%s: error %d and %q, not %q", when, resp.ErrorCode, got, want)
+				}
+				if session != 0 && resp.SessionID != session || resp.SessionID == 0 {
+					t.Fatalf("%s: session %d was %d", when, resp.SessionID, session)
+				}
+				session, epoch = resp.SessionID, epoch+1
+			}
+			const denied = "TOPIC_AUTHORIZATION_FAILED"
+			ask("opened without a right", denied, 0)
+			ask("idle", denied, -1)
+			for range 2 {
+				rig.shared.Policy.Store(parsePolicy(t, everything))
+				ask("granted", "records", -1)
+				ask("granted, moved", "", 1)
+				ask("granted, idle", "", -1)
+				rig.shared.Policy.Store(parsePolicy(t, ordersOnly))
+				ask("revoked", denied, -1)
+				ask("revoked, moved back", denied, 0)
+			}
+			stale := fetchRequest(version, session, epoch+1)
+			if resp := client.ask(1, stale).(*kmsg.FetchResponse); resp.ErrorCode != kerr.InvalidFetchSessionEpoch.Code {
+				t.Errorf("an epoch too far is answered with %d", resp.ErrorCode)
+			}
+			ask("after it", denied, -1)
+		})
+	}
+}
+
 func TestASessionOfAnotherConnectionIsNotFound(t *testing.T) {
 	cluster := newCluster(t, "orders", "secret")
 	addr := cluster.ListenAddrs()[0]

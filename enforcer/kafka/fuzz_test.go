@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"iter"
 	"testing"
 	"time"
 
@@ -116,7 +117,7 @@ func FuzzFetchInPlace(f *testing.F) {
 			ctx := &authz.Ctx{View: s.view(), Topics: s.conn.Cluster}
 			authz.Table[kmsg.Fetch].Decide(ctx, fetchRequest(version, 0, 0, "orders"))
 			if ctx.Fetch != nil {
-				ctx.Fetch.SetID(sessionID)
+				ctx.Fetch.Answered(sessionID)
 			}
 			return ctx
 		}
@@ -152,32 +153,37 @@ func afterRevocation(t *testing.T, ctx *authz.Ctx, version int16) []byte {
 	}
 	granted := ctx.View
 	ctx.View = nil
-	authz.Table[kmsg.Fetch].Decide(ctx, fetchRequest(version, sessionID, 5))
+	authz.Table[kmsg.Fetch].Decide(ctx, fetchRequest(version, sessionID, 2))
 	ctx.View = granted
-	v := authz.Table[kmsg.Fetch].Decide(ctx, fetchRequest(version, sessionID, 6))
+	v := authz.Table[kmsg.Fetch].Decide(ctx, fetchRequest(version, sessionID, 3))
 	if v.Forward == nil {
 		t.Fatalf("what was granted again is not asked for: %+v", v)
 	}
 	return v.Forward.AppendTo(nil)
 }
 
-// Whatever the broker answers, the reader neither panics nor reads past the end, and where it is content it has seen
-// the batches that a client sees.
+// Whatever the broker answers to a Fetch or ShareFetch, the reader neither panics nor reads past the end, and where it is
+// content it has seen the batches that a client sees, all of topics that may be read.
 func FuzzFetchAnswer(f *testing.F) {
 	records := append(batch([]byte("one")), batch([]byte("two"))...)
-	for _, version := range []int16{4, 5, 7, 11, 12, 13, 18} {
-		f.Add(version, fetchAnswer(version, "orders", records).AppendTo(nil))
-		f.Add(version, fetchAnswer(version, "orders", records[:len(records)-3]).AppendTo(nil))
-		f.Add(version, fetchAnswer(version, "secret", records).AppendTo(nil))
+	for _, topic := range []string{"orders", "secret"} {
+		for _, b := range [][]byte{nil, records, records[:len(records)-3]} {
+			for _, version := range []int16{4, 5, 7, 11, 12, 13, 18} {
+				f.Add(int16(kmsg.Fetch), version, fetchAnswer(version, topic, b).AppendTo(nil))
+			}
+			for _, version := range []int16{1, 2} {
+				f.Add(int16(kmsg.ShareFetch), version, shareFetchAnswer(version, topic, b).AppendTo(nil))
+			}
+		}
 	}
 	s := idle(f)
-	f.Fuzz(func(t *testing.T, version int16, body []byte) {
-		if version < authz.Table[kmsg.Fetch].Min || version > authz.Table[kmsg.Fetch].Max {
+	f.Fuzz(func(t *testing.T, key, version int16, body []byte) {
+		p := &pending{Header: wire.Header{Key: key, Version: version}, kind: fetched, view: s.view()}
+		if !p.fetches() || version < authz.Table[key].Min || version > authz.Table[key].Max {
 			return
 		}
 		lines := new(auditLines)
 		s.downTrail = newTrail(lines)
-		p := &pending{Header: wire.Header{Key: int16(kmsg.Fetch), Version: version}, kind: fetched, view: s.view()}
 		held := s.auditFetch(p, body)
 		if err := s.downTrail.Flush(); err != nil {
 			t.Fatal(err)
@@ -200,8 +206,8 @@ func FuzzFetchAnswer(f *testing.F) {
 		if err := s.down.Flush(); err != nil || !bytes.Equal(out.Bytes(), frame) {
 			t.Errorf("streamed: %v, %d bytes of %d", err, out.Len(), len(frame))
 		}
-		resp := kmsg.NewPtrFetchResponse()
-		resp.Version = version
+		resp := kmsg.ResponseForKey(key)
+		resp.SetVersion(version)
 		if resp.ReadFrom(body) != nil {
 			return // a client does not take it either
 		}
@@ -210,15 +216,47 @@ func FuzzFetchAnswer(f *testing.F) {
 			got += len(l.Batches)
 		}
 		want := 0
-		for _, topic := range resp.Topics {
-			for _, part := range topic.Partitions {
-				want += countBatches(part.RecordBatches)
+		for topic, records := range recordsIn(resp) {
+			if topic != "orders" && topic != string(readable[:]) {
+				t.Errorf("%d bytes of records of %q are passed on", len(records), topic)
 			}
+			want += countBatches(records)
 		}
 		if got != want {
 			t.Errorf("evidence of %d batches, a client sees %d", got, want)
 		}
 	})
+}
+
+var readable = topicID("orders")
+
+// recordsIn gives what an answer has of records, by topic name or id, for each partition that has some.
+func recordsIn(resp kmsg.Response) iter.Seq2[string, []byte] {
+	return func(yield func(string, []byte) bool) {
+		give := func(topic string, b []byte) bool { return len(b) == 0 || yield(topic, b) }
+		switch resp := resp.(type) {
+		case *kmsg.FetchResponse:
+			for _, t := range resp.Topics {
+				name := t.Topic
+				if resp.Version >= 13 {
+					name = string(t.TopicID[:])
+				}
+				for _, p := range t.Partitions {
+					if !give(name, p.RecordBatches) {
+						return
+					}
+				}
+			}
+		case *kmsg.ShareFetchResponse:
+			for _, t := range resp.Topics {
+				for _, p := range t.Partitions {
+					if !give(string(t.TopicID[:]), p.Records) {
+						return
+					}
+				}
+			}
+		}
+	}
 }
 
 func countBatches(b []byte) (n int) {
@@ -231,4 +269,52 @@ func countBatches(b []byte) (n int) {
 		n++
 	}
 	return n
+}
+
+// Where a share fetch is decided in place, the handler lets the decoded request pass whole, and what is summed up of its
+// acknowledgements is what they say.
+func FuzzShareFetchInPlace(f *testing.F) {
+	for _, version := range []int16{1, 2} {
+		for _, topics := range [][]string{{"orders"}, {"orders", "secret"}, {}} {
+			for _, epoch := range []int32{-1, 0, 1} {
+				f.Add(version, shareFetchRequest(version, epoch, true, topics...).AppendTo(nil))
+				f.Add(version, shareFetchRequest(version, epoch, false, topics...).AppendTo(nil))
+			}
+		}
+	}
+	s := idle(f)
+	f.Fuzz(func(t *testing.T, version int16, body []byte) {
+		if version < authz.Table[kmsg.ShareFetch].Min || version > authz.Table[kmsg.ShareFetch].Max {
+			return
+		}
+		s.ctx.Share = s.shareSes
+		if !authz.ShareFetchInPlace(s.ctx, version, body, s.allowed.shareGroup, s.allowed.shareFetch) {
+			return
+		}
+		req := kmsg.NewPtrShareFetchRequest()
+		req.Version = version
+		if err := req.ReadFrom(body); err != nil {
+			t.Fatalf("decided in place, but it does not decode: %v", err)
+		}
+		ctx := &authz.Ctx{View: s.view(), Topics: s.conn.Cluster, Share: s.shareSes}
+		v := authz.Table[kmsg.ShareFetch].Decide(ctx, req)
+		if v.Answer != nil || v.Forward != nil || v.Edit != nil || v.Close != "" || len(ctx.Missing) > 0 {
+			t.Fatalf("decided in place, but the handler says %+v", v)
+		}
+		var want, got []int
+		for _, topic := range req.Topics {
+			for _, p := range topic.Partitions {
+				want = append(want, int(p.Partition), len(p.AcknowledgementBatches))
+			}
+		}
+		w := authz.WalkShare(kmsg.ShareFetch, version, body)
+		for w.NextTopic() {
+			for w.NextPartition() {
+				got = append(got, int(w.Partition), w.Acks.Batches)
+			}
+		}
+		if fmt.Sprint(got) != fmt.Sprint(want) {
+			t.Errorf("partitions and batches of acknowledgements: %v, not %v", got, want)
+		}
+	})
 }

@@ -364,6 +364,14 @@ type auditLine struct {
 		SHA256     string
 	}
 	Resources []struct{ Type, Name, Operation, Verdict string }
+	Acquired  []struct {
+		First      int64 `json:"first_offset"`
+		Last       int64 `json:"last_offset"`
+		Deliveries int16
+	}
+	AcksFrom                     int64 `json:"acknowledges_from"`
+	AcksTo                       int64 `json:"acknowledges_to"`
+	Accepted, Released, Rejected int64
 }
 
 func (a *auditLines) lines(t testing.TB) []auditLine {

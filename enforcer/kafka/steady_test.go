@@ -9,6 +9,7 @@ import (
 	"github.com/twmb/franz-go/pkg/kmsg"
 
 	"klamm/enforcer/audit"
+	"klamm/enforcer/kafka/authz"
 	"klamm/enforcer/kafka/wire"
 )
 
@@ -44,6 +45,9 @@ func newSteady(t testing.TB, rules string, request, answer []byte) *steady {
 	s.down = wire.NewPipe(&again{bytes: answer}, io.Discard, s.memory.answered, s.downTrail.Flush, s.queue.Written)
 	rig.cluster.Learn(&kmsg.MetadataResponse{Topics: []kmsg.MetadataResponseTopic{
 		{Topic: kmsg.StringPtr("orders"), TopicID: topicID("orders")}}})
+	opened := &authz.Ctx{View: s.view(), Topics: s.conn.Cluster}
+	authz.Table[kmsg.ShareFetch].Decide(opened, shareFetchRequest(2, 0, false, "orders"))
+	s.shareSes = opened.Share
 	return &steady{s, answer}
 }
 
@@ -95,6 +99,12 @@ func steadyCases() map[string][2][]byte {
 		cases[name+", nothing new"] = [2][]byte{requestFrame(1, fetchRequest(version, 0, -1, "orders")),
 			wire.AppendResponse(nil, 1, empty)}
 	}
+	records := shareFetchAnswer(2, "orders", bytes.Repeat(batch(payload), 3))
+	cases["share fetch"] = [2][]byte{requestFrame(1, shareFetchRequest(2, 1, true, "orders")),
+		wire.AppendResponse(nil, 1, records)}
+	records.Topics = nil
+	cases["share fetch, nothing new"] = [2][]byte{requestFrame(1, shareFetchRequest(2, 1, false)),
+		wire.AppendResponse(nil, 1, records)}
 	return cases
 }
 
