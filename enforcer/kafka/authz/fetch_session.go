@@ -121,11 +121,13 @@ func (m *FetchSession) open(c *Ctx, req *kmsg.FetchRequest, judged map[string]in
 			allowed = append(allowed, *t)
 		}
 	}
-	forward, renamed := *req, c.Fetch.renames(req.SessionID)
-	if renamed {
-		forward.SessionID = c.Fetch.broker.Load()
-	}
 	m.tidy(judged)
+	forward, renamed, ends := *req, c.Fetch.renames(req.SessionID), int32(0)
+	if c.Fetch != nil && c.Fetch.id.Load() == req.SessionID {
+		ends = c.Fetch.broker.Load()
+		forward.SessionID = ends
+	}
+	forward.Topics = allowed
 	c.Fetch, m.epoch, m.brokerEpoch = nil, 1, 1
 	if session {
 		c.Fetch = m
@@ -133,14 +135,17 @@ func (m *FetchSession) open(c *Ctx, req *kmsg.FetchRequest, judged map[string]in
 	switch {
 	case len(allowed) == len(req.Topics) && !renamed:
 		return Verdict{}
-	case len(allowed) == 0 && m.total > 0:
-		if session {
-			m.id.Store(oursAlone)
-		}
+	case len(allowed) > 0 || m.total == 0:
+		return Verdict{Forward: &forward, Edit: m.edit(m.Answered)}
+	}
+	if session {
+		m.id.Store(oursAlone)
+	}
+	if ends == 0 {
 		return m.answer(req)
 	}
-	forward.Topics = allowed
-	return Verdict{Forward: &forward, Edit: m.edit(m.Answered)}
+	forward.SessionEpoch = fetchWithout
+	return Verdict{Forward: &forward, Edit: m.edit(func(int32) int32 { return m.id.Load() })}
 }
 
 // increment applies an incremental request to the mirror and works out what the broker's session has to hear.

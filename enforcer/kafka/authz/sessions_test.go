@@ -26,8 +26,9 @@ type sessionPlay struct {
 	epoch          int32
 	session        int32         // the client's; 0: none
 	client         map[part]bool // what a broker with the ACLs would have in it
-	broker         map[part]bool // what the broker has in it
-	sessions       int32         // ever opened
+	broker         map[part]bool // what the broker has in it; nil without one
+	brokerSession  int32         // of a fetch session
+	brokerEpoch    int32
 }
 
 type part struct {
@@ -182,9 +183,9 @@ func (p *sessionPlay) change(move byte) bool {
 	return true
 }
 
-func (p *sessionPlay) fetch(version int16, epoch int32) {
+func (p *sessionPlay) fetch(version int16, session, epoch int32) {
 	req := kmsg.NewPtrFetchRequest()
-	req.Version, req.SessionID, req.SessionEpoch = version, p.session, epoch
+	req.Version, req.SessionID, req.SessionEpoch = version, session, epoch
 	named := p.some()
 	for _, one := range named {
 		t := kmsg.NewFetchRequestTopic()
@@ -202,40 +203,30 @@ func (p *sessionPlay) fetch(version int16, epoch int32) {
 		req.ForgottenTopics = append(req.ForgottenTopics, t)
 	}
 	overWire(p.t, req, version)
-	fmt.Fprintf(&p.log, "fetch, session %d, epoch %d: %v, without %v\n", p.session, epoch, named, forgotten)
+	fmt.Fprintf(&p.log, "fetch, session %d, epoch %d: %v, without %v\n", session, epoch, named, forgotten)
 
-	v := p.decide(req)
-	mirror, byID := p.ctx.Fetch, version >= 13
+	resp, byID := p.passFetch(req), version >= 13
+	if wrong := p.wrong(session, epoch); wrong != 0 || resp.ErrorCode != 0 {
+		if wrong != 0 && resp.ErrorCode != wrong {
+			p.failf("the answer has error %d, not %d", resp.ErrorCode, wrong)
+		} else if wrong == 0 {
+			p.session = 0
+		}
+		return
+	}
 	asked := map[part]bool{}
 	update(asked, named, nil)
-	var resp *kmsg.FetchResponse
-	switch {
-	case v.Answer != nil:
-		resp = v.Answer.(*kmsg.FetchResponse)
-		if epoch > 0 {
-			p.failf("a request of a running session is not forwarded: %+v", resp)
-		}
-	case v.Forward != nil:
-		resp = p.fetchAtBroker(v.Forward.(*kmsg.FetchRequest))
-	default:
-		resp = p.fetchAtBroker(req)
-	}
-	if v.Edit != nil {
-		v.Edit(&p.ctx, resp)
-	}
-	if mirror != nil && v.Answer == nil {
-		mirror.SetID(resp.SessionID)
-	}
-	switch {
-	case resp.ErrorCode != 0:
-		p.session = 0
-		return
-	case epoch > 0:
+	if epoch > 0 {
 		update(p.client, named, forgotten)
 		p.epoch++
-	default:
-		p.client, p.epoch, p.session = asked, 1, resp.SessionID
+	} else {
+		p.client, p.epoch = asked, 1
 	}
+	over := epoch < 0 || epoch > 0 && len(p.client) == 0
+	if (resp.SessionID == 0) != over || epoch > 0 && !over && resp.SessionID != p.session {
+		p.failf("the answer has session %d", resp.SessionID)
+	}
+	p.session = resp.SessionID
 	answered := map[part][]int16{}
 	for _, t := range resp.Topics {
 		for _, one := range t.Partitions {
@@ -249,6 +240,49 @@ func (p *sessionPlay) fetch(version int16, epoch int32) {
 	}
 }
 
+// wrong is the error that a broker has for a session and an epoch; 0 where they are right.
+func (p *sessionPlay) wrong(session, epoch int32) int16 {
+	switch {
+	case epoch <= 0:
+		return 0
+	case session != p.session:
+		return kerr.FetchSessionIDNotFound.Code
+	case epoch != p.epoch:
+		return kerr.InvalidFetchSessionEpoch.Code
+	}
+	return 0
+}
+
+// passFetch sends a request through the mirror, in place where that can be, and the broker's answer back.
+func (p *sessionPlay) passFetch(req *kmsg.FetchRequest) *kmsg.FetchResponse {
+	body, v, byID := req.AppendTo(nil), Verdict{}, req.Version >= 13
+	p.ctx.View = playViews[p.allowed]
+	mayRead := func(name []byte, id TopicID) bool {
+		return p.refusal(byID, part{topic: playTopic(byID, string(name), id)}) == 0
+	}
+	if FetchInPlace(&p.ctx, req.Version, body, mayRead) {
+		again := kmsg.NewPtrFetchRequest()
+		if again.Version = req.Version; again.ReadFrom(body) != nil {
+			p.failf("decided in place, but it does not decode")
+		}
+		req = again
+	} else if v = p.decide(req); v.Forward != nil {
+		req = v.Forward.(*kmsg.FetchRequest)
+	}
+	mirror := p.ctx.Fetch
+	if v.Answer != nil {
+		return v.Answer.(*kmsg.FetchResponse)
+	}
+	resp := p.fetchAtBroker(req)
+	switch {
+	case v.Edit != nil:
+		v.Edit(&p.ctx, resp)
+	case mirror != nil && resp.ErrorCode == 0:
+		resp.SessionID = mirror.Answered(resp.SessionID)
+	}
+	return resp
+}
+
 func playTopic(byID bool, name string, id TopicID) int {
 	if byID {
 		return int(id[15]) - 1
@@ -256,7 +290,8 @@ func playTopic(byID bool, name string, id TopicID) int {
 	return strings.Index("abcd", name)
 }
 
-// fetchAtBroker answers as FetchManager does; what has no news is not in an incremental answer.
+// fetchAtBroker answers as FetchManager does: what has no news is not in an incremental answer, and a session without a
+// partition ends.
 func (p *sessionPlay) fetchAtBroker(req *kmsg.FetchRequest) *kmsg.FetchResponse {
 	version := req.Version
 	overWire(p.t, req, version)
@@ -275,17 +310,26 @@ func (p *sessionPlay) fetchAtBroker(req *kmsg.FetchRequest) *kmsg.FetchResponse 
 	}
 	news := map[part]bool{}
 	update(news, named, nil)
+	if req.SessionEpoch <= 0 && req.SessionID == p.brokerSession {
+		p.broker = nil
+	}
 	switch {
 	case req.SessionEpoch == 0:
-		p.sessions++
-		resp.SessionID = p.sessions
-		p.broker = maps.Clone(news)
-	case req.SessionEpoch > 0 && (p.broker == nil || req.SessionID != p.sessions):
+		p.brokerSession += 10
+		p.broker, p.brokerEpoch, resp.SessionID = maps.Clone(news), 1, p.brokerSession
+	case req.SessionEpoch > 0 && (p.broker == nil || req.SessionID != p.brokerSession):
 		resp.ErrorCode = kerr.FetchSessionIDNotFound.Code
 		return resp
+	case req.SessionEpoch > 0 && req.SessionEpoch != p.brokerEpoch:
+		p.failf("the broker gets epoch %d, not %d", req.SessionEpoch, p.brokerEpoch)
 	case req.SessionEpoch > 0:
-		resp.SessionID = p.sessions
+		p.brokerEpoch++
 		update(p.broker, named, forgotten)
+		if len(p.broker) == 0 {
+			p.broker = nil
+			return resp
+		}
+		resp.SessionID = p.brokerSession
 		news = maps.Clone(p.broker)
 		p.withoutNews(news)
 	}
@@ -301,8 +345,8 @@ func (p *sessionPlay) fetchAtBroker(req *kmsg.FetchRequest) *kmsg.FetchResponse 
 	return resp
 }
 
-// Whatever comes in whatever order, the broker's session has what is allowed of the client's and nothing else, and each
-// answer repeats what is refused.
+// Whatever comes in whatever order, the client has the session that a broker with the ACLs would keep for it, the
+// broker's has what is allowed of it and nothing else, and each answer repeats what is refused.
 func FuzzFetchSession(f *testing.F) {
 	for seed := range byte(8) {
 		moves := make([]byte, 200)
@@ -319,12 +363,16 @@ func FuzzFetchSession(f *testing.F) {
 		for len(p.moves) > 0 {
 			switch move := p.next(); {
 			case p.change(move):
+			case p.session != 0 && move%32 == 13:
+				p.fetch(version, p.session, p.epoch+1)
+			case p.session != 0 && move%32 == 29:
+				p.fetch(version, p.session+1, p.epoch)
 			case p.session != 0 && move%8 > 4:
-				p.fetch(version, p.epoch)
+				p.fetch(version, p.session, p.epoch)
 			case move%16 == 4:
-				p.fetch(version, -1)
+				p.fetch(version, p.session, -1)
 			default:
-				p.fetch(version, 0)
+				p.fetch(version, p.session, 0)
 			}
 		}
 	})
@@ -332,19 +380,21 @@ func FuzzFetchSession(f *testing.F) {
 
 func (p *sessionPlay) shareFetch(epoch int32) {
 	group, member := "g", "0000000000000000000000"
+	acks := epoch != 0 && p.next()%2 == 0
 	req := kmsg.NewPtrShareFetchRequest()
 	req.Version, req.GroupID, req.MemberID, req.ShareSessionEpoch = 1, &group, &member, epoch
 	named, forgotten := p.some(), p.some()
 	if epoch <= 0 {
 		forgotten = nil
 	}
-	if epoch < 0 {
-		named = nil
-	}
 	for _, one := range named {
 		t := kmsg.NewShareFetchRequestTopic()
 		t.TopicID = playID(one.topic)
 		t.Partitions = append(t.Partitions, kmsg.ShareFetchRequestTopicPartition{Partition: one.partition})
+		if acks {
+			t.Partitions[0].AcknowledgementBatches = []kmsg.ShareFetchRequestTopicPartitionAcknowledgementBatch{
+				{FirstOffset: 0, LastOffset: 3, AcknowledgeTypes: []int8{1}}}
+		}
 		req.Topics = append(req.Topics, t)
 	}
 	for _, one := range forgotten {
@@ -355,37 +405,67 @@ func (p *sessionPlay) shareFetch(epoch int32) {
 	overWire(p.t, req, 1)
 	fmt.Fprintf(&p.log, "share fetch, epoch %d: %v, without %v\n", epoch, named, forgotten)
 
-	v := p.decide(req)
-	var resp *kmsg.ShareFetchResponse
-	switch {
-	case v.Answer != nil:
-		p.failf("it is not forwarded: %+v", v.Answer)
-	case v.Forward != nil:
-		resp = p.shareFetchAtBroker(v.Forward.(*kmsg.ShareFetchRequest))
-	default:
-		resp = p.shareFetchAtBroker(req)
-	}
-	if v.Edit != nil {
-		v.Edit(&p.ctx, resp)
-	}
-	switch {
-	case resp.ErrorCode != 0 || epoch < 0:
+	resp := p.passShareFetch(req)
+	if resp.ErrorCode != 0 {
 		p.session, p.ctx.Share = 0, nil
 		return
-	case epoch == 0:
+	}
+	if epoch == 0 {
 		p.client, p.epoch, p.session = map[part]bool{}, 0, 1
 	}
-	update(p.client, named, forgotten)
-	p.epoch++
-	answered := map[part][]int16{}
+	answered, acknowledged := map[part][]int16{}, map[part][]int16{}
 	for _, t := range resp.Topics {
 		for _, one := range t.Partitions {
 			at := part{playTopic(true, "", t.TopicID), one.Partition}
-			answered[at] = append(answered[at], one.ErrorCode)
+			if epoch >= 0 {
+				answered[at] = append(answered[at], one.ErrorCode)
+			}
+			if one.AcknowledgeErrorCode != 0 {
+				acknowledged[at] = append(acknowledged[at], one.AcknowledgeErrorCode)
+			}
 		}
 	}
+	asked := map[part]bool{}
+	if acks {
+		update(asked, named, nil)
+	}
+	if epoch > 0 && acks { // whose partition may have left the session
+		for _, one := range forgotten {
+			if asked[one] && len(answered[one]) == 1 && answered[one][0] == 0 {
+				delete(answered, one)
+			}
+		}
+	}
+	p.refused(true, acknowledged, asked)
+	if epoch < 0 {
+		p.session, p.broker = 0, nil
+		return
+	}
+	update(p.client, named, forgotten)
+	p.epoch++
 	p.refused(true, answered, p.client)
 	p.agree(true)
+}
+
+// passShareFetch sends a request through the mirror, in place where that can be, and the broker's answer back.
+func (p *sessionPlay) passShareFetch(req *kmsg.ShareFetchRequest) *kmsg.ShareFetchResponse {
+	body, v := req.AppendTo(nil), Verdict{}
+	p.ctx.View = playViews[p.allowed]
+	mayRead := func(_ []byte, id TopicID) bool { return p.refusal(true, part{topic: playTopic(true, "", id)}) == 0 }
+	if !ShareFetchInPlace(&p.ctx, req.Version, body, func([]byte) bool { return true }, mayRead) {
+		v = p.decide(req)
+	}
+	if v.Answer != nil {
+		p.failf("it is not forwarded: %+v", v.Answer)
+	}
+	if v.Forward != nil {
+		req = v.Forward.(*kmsg.ShareFetchRequest)
+	}
+	resp := p.shareFetchAtBroker(req)
+	if v.Edit != nil {
+		v.Edit(&p.ctx, resp)
+	}
+	return resp
 }
 
 // shareFetchAtBroker answers as SharePartitionManager does.
