@@ -162,8 +162,8 @@ func afterRevocation(t *testing.T, ctx *authz.Ctx, version int16) []byte {
 	return v.Forward.AppendTo(nil)
 }
 
-// Whatever the broker answers to a Fetch or ShareFetch, the reader neither panics nor reads past the end, and where it is
-// content it has seen the batches that a client sees, all of topics that may be read.
+// Whatever the broker answers to a Fetch or ShareFetch, the reader neither panics nor reads past the end, and where it
+// is content it has seen the batches that a client sees, all of topics that may be read.
 func FuzzFetchAnswer(f *testing.F) {
 	records := append(batch([]byte("one")), batch([]byte("two"))...)
 	for _, topic := range []string{"orders", "secret"} {
@@ -271,8 +271,8 @@ func countBatches(b []byte) (n int) {
 	return n
 }
 
-// Where a share fetch is decided in place, the handler lets the decoded request pass whole, and what is summed up of its
-// acknowledgements is what they say.
+// Where a share fetch is decided in place, the handler lets the decoded request pass whole, and all its partitions and
+// their acknowledgements are seen.
 func FuzzShareFetchInPlace(f *testing.F) {
 	for _, version := range []int16{1, 2} {
 		for _, topics := range [][]string{{"orders"}, {"orders", "secret"}, {}} {

@@ -157,7 +157,7 @@ func wantShareLines(t *testing.T, rig *rig, hash string) {
 
 func TestRecordsThatMayNotBeSharedAreNotPassedOn(t *testing.T) {
 	for name, change := range map[string]func([]byte) []byte{
-		"of another topic": func(b []byte) []byte { return shareFetchAnswer(2, "secret", batch([]byte("s"))).AppendTo(nil) },
+		"of another topic": func([]byte) []byte { return shareFetchAnswer(2, "secret", batch([]byte("s"))).AppendTo(nil) },
 		"bytes too many":   func(b []byte) []byte { return append(b, 0) },
 		"bytes missing":    func(b []byte) []byte { return b[:len(b)-20] },
 	} {
