@@ -27,7 +27,8 @@ func (s *session) answers() error {
 			e = s.queue.Next()
 		}
 		if e == nil || sequence != e.V.sequence || size < 4 {
-			return refuse(audit.BadAnswer, "the broker sent %d bytes for request %d, which is not the next one", size, sequence)
+			err := refuse(audit.BadAnswer, "the broker sent %d bytes for request %d, which is not the next one", size, sequence)
+			return errors.Join(err, s.down.Flush()) // those before are answers
 		}
 		if e.V.kind == ours {
 			if err := s.replied(&e.V, wire.SizePrefix+size); err != nil {
@@ -74,9 +75,11 @@ func (s *session) broker(p *pending, n int) error {
 		frame, err = s.afterLogin(p, frame)
 	case p.edit != nil:
 		frame, err = s.edit(p, frame)
+	case p.kind == learned:
+		err = s.learn(p, frame)
 	}
 	if err != nil {
-		return err
+		return errors.Join(err, s.down.Flush()) // nothing of this one
 	}
 	changed := &frame[0] != &original[0]
 	if changed {
@@ -88,13 +91,6 @@ func (s *session) broker(p *pending, n int) error {
 		s.auditProduce(s.downTrail, p, body)
 	case greeted, authenticated:
 		s.downSpeaksOf(p.who)
-		s.auditChecks(s.downTrail, p, audit.Allow)
-	case learned:
-		_, weight, err := s.decode(p, frame)
-		s.memory.decoding.Release(weight)
-		if err != nil {
-			return err
-		}
 		s.auditChecks(s.downTrail, p, audit.Allow)
 	default:
 		if p.fetches() {
@@ -129,6 +125,13 @@ func (s *session) refilter(p *pending) {
 		}
 		authz.FilterFetched(c, r)
 	}
+}
+
+// learn takes up the topic ids of an answer.
+func (s *session) learn(p *pending, frame []byte) error {
+	_, weight, err := s.decode(p, frame)
+	s.memory.decoding.Release(weight)
+	return err
 }
 
 // edit decodes an answer, lets the verdict change it, and encodes it anew.

@@ -102,7 +102,7 @@ func (s *session) leave() error {
 	}
 	s.left.Store(true)
 	return errors.Join(closeWrite(s.conn.Client), closeWrite(s.conn.Broker),
-		s.down.EndBy(time.Now().Add(lingerTimeout)))
+		s.down.Hurry(lingerTimeout))
 }
 
 // closeWrite ends our direction of a connection, behind all that was written.

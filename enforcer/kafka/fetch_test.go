@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"math/rand/v2"
@@ -368,7 +369,9 @@ func TestACutBatchIsPassedOnAndIsNoEvidence(t *testing.T) {
 		if got := resp.Topics[0].Partitions[0].RecordBatches; string(got) != string(sent) {
 			t.Errorf("cut at %d: %d bytes of records arrived, %d were sent", n, len(got), len(sent))
 		}
-		broker.closeWrite()
+		if err := errors.Join(client.Close(), broker.Close()); err != nil {
+			t.Fatal(err)
+		}
 		if err := end(t, ended); err != nil {
 			t.Errorf("cut at %d: %v", n, err)
 		}

@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
-	"io"
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kmsg"
@@ -21,7 +20,7 @@ func (s *session) requests() error {
 	for !s.up.Stopped() {
 		b, err := s.up.Need(wire.SizePrefix)
 		if err != nil {
-			return cutShort(err)
+			return fromPipe(err, audit.BadFrame)
 		}
 		if isTLS(b) {
 			return s.refuseTLS()
@@ -31,47 +30,30 @@ func (s *session) requests() error {
 			return refuse(audit.BadFrame, "a frame of %d bytes; the limit is %d", size, s.MaxFrame)
 		}
 		if b, err = s.up.Need(wire.SizePrefix + 2); err != nil {
-			return cutShort(err)
+			return fromPipe(err, audit.BadFrame)
 		}
 		if err := s.oversized(size, b[wire.SizePrefix:]); err != nil {
-			return errors.Join(err, s.up.Flush())
+			return err
 		}
 		if err := s.renew(); err != nil {
 			return err
 		}
 		frame, err := s.up.Need(wire.SizePrefix + size)
 		if err != nil {
-			return cutShort(err)
+			return fromPipe(err, audit.BadFrame)
 		}
 		h, err := wire.ParseHeader(frame[wire.SizePrefix:])
 		if err != nil {
 			return &Error{audit.BadFrame, err}
 		}
 		if err := s.request(frame, h); err != nil {
-			return s.flushBefore(err)
+			return err
 		}
 	}
 	if err := s.up.Flush(); err != nil {
 		return err
 	}
 	return wire.ErrStopped
-}
-
-// flushBefore sends what was judged before the frame that ends the connection, unless it must not go.
-func (s *session) flushBefore(err error) error {
-	var refusal *Error
-	if errors.As(err, &refusal) && refusal.Reason == audit.AuditFailed {
-		return err
-	}
-	return errors.Join(err, s.up.Flush())
-}
-
-// cutShort: a client that ends within a frame was no Kafka client, or died; what it began is refused.
-func cutShort(err error) error {
-	if errors.Is(err, io.EOF) || !errors.Is(err, io.ErrUnexpectedEOF) {
-		return fromPipe(err, audit.BadFrame)
-	}
-	return refuse(audit.BadFrame, "the client ended within a frame")
 }
 
 // Of TLS records and alerts: RFC 8446, sections 5.1 and 6.

@@ -200,8 +200,9 @@ func loopback(t testing.TB) (dialled, accepted net.Conn) {
 
 // knownTopics is a cluster whose topic ids are those it was told of.
 type knownTopics struct {
-	mu    sync.Mutex
-	names map[authz.TopicID]string
+	mu      sync.Mutex
+	names   map[authz.TopicID]string
+	resolve func([]authz.TopicID) // looks ids up; nil: finds none
 }
 
 func (k *knownTopics) Name(id authz.TopicID) (string, bool) {
@@ -218,7 +219,18 @@ func (k *knownTopics) SetMember(string, string, *authz.Member) {}
 func (k *knownTopics) Relist(context.Context) error            { return nil }
 func (k *knownTopics) Recall(authz.MemberName)                 {}
 
-func (k *knownTopics) Resolve(context.Context, []authz.TopicID) error { return nil }
+func (k *knownTopics) Resolve(_ context.Context, ids []authz.TopicID) error {
+	if k.resolve != nil {
+		k.resolve(ids)
+	}
+	return nil
+}
+
+func (k *knownTopics) learn(name string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.names[topicID(name)] = name
+}
 
 func (k *knownTopics) Learn(m *kmsg.MetadataResponse) {
 	k.mu.Lock()

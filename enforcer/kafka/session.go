@@ -8,6 +8,7 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kmsg"
@@ -22,7 +23,7 @@ const (
 	maxInFlight    = 256              // answers owed to one client; more wait in its socket (Kafka clients: 5 to 1000)
 	resolveTimeout = 5 * time.Second  // for looking topics up
 	handledRequest = 2                // times its decoded size: itself, and the part or the answer a verdict makes of it
-	drainTimeout   = 10 * time.Second // for the answers that are owed when one side has ended
+	drainTimeout   = 10 * time.Second // for each answer that is owed when the client has ended
 )
 
 // session is one connection. The request loop and the answer loop each own a pipe, a trail and their topic cache; they
@@ -34,11 +35,12 @@ type session struct {
 	up    *wire.Pipe // client to broker
 	down  *wire.Pipe // broker to client
 
-	memory accounts
-	life   context.Context //nolint:containedctx // of what waits for others than the two sides
-	die    context.CancelFunc
-	left   atomic.Bool // drained: both sides are told the end
-	fatal  atomic.Pointer[error]
+	memory     accounts
+	life       context.Context //nolint:containedctx // of what waits for others than the two sides
+	die        context.CancelFunc
+	left       atomic.Bool // drained: both sides are told the end
+	brokerLeft atomic.Bool // the client is told the end
+	fatal      atomic.Pointer[error]
 
 	bound    atomic.Pointer[binding]
 	login    atomic.Pointer[login]
@@ -152,9 +154,7 @@ func Serve(ctx context.Context, shared *Shared, c Conn) error {
 		s.endRequests(up)
 	})
 	down := guard(s.answers)
-	if !s.left.Load() {
-		s.abort() // also wakes the request loop
-	}
+	s.endAnswers(down)
 	wg.Wait()
 	s.abort()
 	s.settle()
@@ -198,18 +198,44 @@ func guard(loop func() error) (err error) {
 	return loop()
 }
 
-// endRequests acts on the end of the request loop. A drained client, and one that only ended its own direction, still
-// gets the answers it is owed; anything else ends both directions at once.
+// endRequests acts on the end of the request loop. A drained client, one that only ended its own direction, and one
+// whose request is refused still get the answers they are owed; anything else ends both directions at once.
 func (s *session) endRequests(err error) {
-	if errors.Is(err, wire.ErrStopped) && s.leave() == nil {
+	var refusal *Error
+	switch {
+	case s.brokerLeft.Load():
+		s.linger()
+	case errors.Is(err, wire.ErrStopped) && s.leave() == nil:
 		s.linger()
 		return
-	}
-	if errors.Is(err, io.EOF) && closeWrite(s.conn.Broker) == nil {
-		_ = s.down.EndBy(time.Now().Add(drainTimeout))
+	case errors.Is(err, io.EOF) && closeWrite(s.conn.Broker) == nil:
+		_ = s.down.Hurry(drainTimeout)
 		return
+	case errors.As(err, &refusal) && refusal.Reason != audit.AuditFailed && refusal.Reason != audit.Internal:
+		// A broker takes a request when it has answered those before (Processor.processCompletedReceives mutes the
+		// channel), so they are answered when it closes for this one.
+		if s.up.Flush() == nil && s.down.Hurry(drainTimeout) == nil {
+			_ = closeWrite(s.conn.Broker) // where it can be told that no more comes
+			_ = s.queue.WaitEmpty()
+		}
 	}
 	s.abort()
+}
+
+// endAnswers acts on the end of the answer loop. That the broker ended its direction between two answers the client
+// hears in the same way, behind the answers: to close at once would be a reset where it is just sending.
+func (s *session) endAnswers(err error) {
+	switch {
+	case s.left.Load(): // both sides were told
+	case errors.Is(err, io.EOF) && closeWrite(s.conn.Client) == nil:
+		s.brokerLeft.Store(true)
+		s.die()
+		s.queue.Close()
+		s.up.Stop()
+		_ = s.conn.Broker.SetWriteDeadline(time.Now()) // what waits for it waits in vain
+	default:
+		s.abort() // also wakes the request loop
+	}
 }
 
 // end gives the connection up for a reason that neither loop sees; the first one counts.
@@ -269,8 +295,9 @@ func (s *session) finish(up, down error) error {
 
 func isOrderly(err error) bool {
 	var op *net.OpError // a reset or a time-out of either side
+	var errno syscall.Errno
 	return err == nil || errors.Is(err, io.EOF) || errors.Is(err, wire.ErrClosed) || errors.As(err, &op) ||
-		errors.Is(err, net.ErrClosed) || errors.Is(err, wire.ErrStopped)
+		errors.As(err, &errno) || errors.Is(err, net.ErrClosed) || errors.Is(err, wire.ErrStopped)
 }
 
 // upSpeaksOf makes the lines of the request loop be about who the client is by now.
@@ -294,13 +321,13 @@ func (p *pending) reset(h wire.Header, clientID string, now time.Time) {
 	*p = pending{Header: h, clientID: clientID, started: now, produce: p.produce.reset()}
 }
 
-// fromPipe names the refusals among a pipe's errors; that a frame is not sent whole is called stalled.
-func fromPipe(err error, stalled audit.Reason) error {
+// fromPipe names the refusals among a pipe's errors; a frame that does not come whole is refused as cut.
+func fromPipe(err error, cut audit.Reason) error {
 	switch {
 	case errors.Is(err, wire.ErrBudget):
 		return &Error{audit.OutOfMemory, err}
-	case errors.Is(err, wire.ErrStalled):
-		return &Error{stalled, err}
+	case errors.Is(err, wire.ErrStalled), errors.Is(err, io.ErrUnexpectedEOF):
+		return &Error{cut, err}
 	}
 	return err
 }

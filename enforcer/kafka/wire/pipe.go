@@ -54,7 +54,7 @@ type Pipe struct {
 
 	stopped  atomic.Bool
 	finishBy time.Time    // for the rest of a frame that Stop found begun; zero before
-	endsBy   atomic.Int64 // see EndBy; Unix nanoseconds, 0: never
+	hurry    atomic.Int64 // see Hurry; 0: none
 
 	readable func(fd uintptr) bool
 	n        int
@@ -91,18 +91,21 @@ func (p *Pipe) Stop() {
 // Stopped tells whether Stop was called.
 func (p *Pipe) Stopped() bool { return p.stopped.Load() }
 
-// EndBy ends the reads at a moment, whatever is under way then; an earlier one that was set before counts no more.
-func (p *Pipe) EndBy(t time.Time) error {
+// Hurry ends the pipe's reads once nothing has come for so long, whatever is under way then.
+func (p *Pipe) Hurry(limit time.Duration) error {
 	if p.in == nil {
 		return errors.ErrUnsupported
 	}
-	p.endsBy.Store(t.UnixNano())
-	return p.in.SetReadDeadline(t)
+	p.hurry.Store(int64(limit))
+	return p.in.SetReadDeadline(time.Now().Add(limit))
 }
+
+// Hurries tells whether Hurry was called.
+func (p *Pipe) Hurries() bool { return p.hurry.Load() != 0 }
 
 // Need returns the next n bytes in place, after reading as much as that takes. What was judged before is written first
 // when it has to read. The bytes are valid until the next Need. It waits as long as it takes for a frame to begin, and
-// not as long for the rest of one. io.EOF means the source ended between two frames.
+// not as long for the rest of one. io.EOF means the source ended between two frames, io.ErrUnexpectedEOF within one.
 func (p *Pipe) Need(n int) ([]byte, error) { return p.frame(n, false) }
 
 // Rest is Need within a frame of which nothing may be left in the buffer: one that is streamed.
@@ -122,15 +125,16 @@ func (p *Pipe) frame(n int, begun bool) ([]byte, error) {
 			b, err = p.inTime(n, begun)
 		}
 	}
-	if errors.Is(err, os.ErrDeadlineExceeded) && !p.ended() {
+	ended := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) // the latter of TLS without its close_notify
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded) && !p.Hurries():
 		err = fmt.Errorf("%w: %d of %d bytes", ErrStalled, p.w-p.r, n)
+	case ended && (begun || p.w > p.r):
+		err = fmt.Errorf("%w: %d of %d bytes of a frame", io.ErrUnexpectedEOF, p.w-p.r, n)
+	case ended:
+		err = io.EOF
 	}
 	return b, err
-}
-
-func (p *Pipe) ended() bool {
-	at := p.endsBy.Load()
-	return at != 0 && time.Now().UnixNano() >= at
 }
 
 type deadliner interface{ SetReadDeadline(time.Time) error }
@@ -148,7 +152,7 @@ func (p *Pipe) inTime(n int, begun bool) ([]byte, error) {
 			return b, err
 		}
 	}
-	if p.w-p.r >= n || p.in == nil || !p.finishBy.IsZero() || p.endsBy.Load() != 0 {
+	if p.w-p.r >= n || p.in == nil || !p.finishBy.IsZero() || p.Hurries() {
 		return p.need(n)
 	}
 	by := time.Now().Add(stallTimeout + time.Duration(n)*time.Second/stallRate)
@@ -162,14 +166,14 @@ func (p *Pipe) inTime(n int, begun bool) ([]byte, error) {
 	return b, p.deadline(p.finishBy)
 }
 
-// deadline sets one of the pipe's own. Stop and EndBy may have set theirs just before.
+// deadline sets one of the pipe's own. Stop and Hurry may have set theirs just before.
 func (p *Pipe) deadline(t time.Time) error {
 	err := p.in.SetReadDeadline(t)
-	switch at := p.endsBy.Load(); {
+	switch limit := p.hurry.Load(); {
 	case err != nil:
 		return err
-	case at != 0:
-		return p.in.SetReadDeadline(time.Unix(0, at))
+	case limit != 0:
+		return p.in.SetReadDeadline(time.Now().Add(time.Duration(limit)))
 	case p.stopped.Load() && p.finishBy.IsZero():
 		return p.finish()
 	}
@@ -192,10 +196,12 @@ func (p *Pipe) need(n int) ([]byte, error) {
 		if err := p.room(n); err != nil {
 			return nil, err
 		}
-		if err := p.fill(); err != nil {
-			if errors.Is(err, io.EOF) && p.w > p.r {
-				err = io.ErrUnexpectedEOF
+		if limit := p.hurry.Load(); limit != 0 {
+			if err := p.in.SetReadDeadline(time.Now().Add(time.Duration(limit))); err != nil {
+				return nil, err
 			}
+		}
+		if err := p.fill(); err != nil {
 			return nil, err
 		}
 	}
