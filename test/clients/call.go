@@ -15,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"klamm/test/kafka"
@@ -34,6 +35,8 @@ type call struct {
 	input   io.Reader // standard input, instead of lines
 	limit   time.Duration
 	until   *regexp.Regexp // the call is over as soon as its output matches
+	// done returns when a client has done its work that does not end by itself: it is ended by SIGTERM then.
+	done func(context.Context) error
 }
 
 // outcome is how a call ended.
@@ -55,9 +58,9 @@ func (r *rig) run(ctx context.Context, c call) outcome {
 	if c.brokers == "" {
 		c.brokers = r.brokers()
 	}
-	command := strings.NewReplacer("{java}", strings.Join(kafka.JavaTool(filepath.Join(r.stage, "tools")), " "),
-		"{stage}", r.stage, "{brokers}", c.brokers, "{topic}", c.topic, "{group}", c.group, "{n}", strconv.Itoa(c.n),
-		"{lines}", lines).Replace(c.command)
+	command := strings.NewReplacer("{java}", r.java("tools"), "{streams}", r.java("streams"),
+		"{connect}", r.java("connect"), "{stage}", r.stage, "{brokers}", c.brokers, "{topic}", c.topic,
+		"{group}", c.group, "{n}", strconv.Itoa(c.n), "{lines}", lines).Replace(c.command)
 	words := strings.Fields(command)
 	if c.input == nil {
 		c.input = strings.NewReader(joinLines(c.lines))
@@ -80,6 +83,9 @@ func (r *rig) run(ctx context.Context, c call) outcome {
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
 	err = r.await(ctx, c, &all, ended)
+	if errors.Is(err, errDone) {
+		err = terminate(ctx, cmd, ended)
+	}
 	took := time.Since(began)
 	if errors.Is(err, errStopped) || ctx.Err() != nil {
 		_ = kafka.Kill(cmd)
@@ -89,13 +95,34 @@ func (r *rig) run(ctx context.Context, c call) outcome {
 	return result.logged(filepath.Join(r.logs, c.name+".log"), command)
 }
 
-var errStopped = errors.New("stopped: it said what was awaited")
+// java returns the words before a main class of a directory that is staged. What the Java runtime unpacks goes with the
+// stage: it is left behind by one that is killed.
+func (r *rig) java(dir string) string {
+	unpacked := "-Djava.io.tmpdir=" + filepath.Join(r.stage, "tmp")
+	return strings.Join(kafka.JavaTool(filepath.Join(r.stage, dir), unpacked), " ")
+}
+
+var (
+	errStopped = errors.New("stopped: it said what was awaited")
+	errDone    = errors.New("it has done its work")
+)
 
 func (r *rig) await(ctx context.Context, c call, all *transcript, ended <-chan error) error {
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	done := make(chan error, 1)
+	if c.done != nil {
+		go func() { done <- c.done(ctx) }()
+	}
 	for {
 		select {
+		case err := <-done:
+			if err == nil {
+				return errDone
+			}
+			return errors.Join(errStopped, err)
 		case err := <-ended:
 			if errors.Is(err, exec.ErrWaitDelay) {
 				return nil
@@ -108,6 +135,23 @@ func (r *rig) await(ctx context.Context, c call, all *transcript, ended <-chan e
 				return errStopped
 			}
 		}
+	}
+}
+
+// terminate ends a client in an orderly way. A Java runtime says by its exit code that it was told to.
+func terminate(ctx context.Context, cmd *exec.Cmd, ended <-chan error) error {
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		return err
+	}
+	select {
+	case err := <-ended:
+		var exit *exec.ExitError
+		if errors.As(err, &exit) && exit.ExitCode() == 128+int(syscall.SIGTERM) {
+			return nil
+		}
+		return err
+	case <-ctx.Done():
+		return errors.New("it did not end when it was told to")
 	}
 }
 

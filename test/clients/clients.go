@@ -150,6 +150,24 @@ func setup(name string) func(context.Context, *rig) error {
 
 func javaTools(_ context.Context, r *rig) error { return r.tools() }
 
+// staged returns what installs classes by scripts/setup, where they are then, and what they are called in the stage.
+func staged(setup, name string, dir func() (string, error)) func(context.Context, *rig) error {
+	return func(ctx context.Context, r *rig) error {
+		to := filepath.Join(r.stage, name)
+		if _, err := os.Stat(to); err == nil {
+			return nil
+		}
+		if err := install(ctx, setup); err != nil {
+			return err
+		}
+		from, err := dir()
+		if err != nil {
+			return err
+		}
+		return os.CopyFS(to, os.DirFS(from))
+	}
+}
+
 // stageTools stages Kafka's Java tools, with an archive of their classes: more than forty of them are started.
 func (r *rig) stageTools(ctx context.Context) error {
 	from, err := kafka.ToolsDir()

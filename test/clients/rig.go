@@ -58,6 +58,9 @@ func newRig(ctx context.Context, direct, mutate bool) (_ *rig, err error) {
 	if err = os.Chmod(r.stage, 0o755); err != nil {
 		return nil, err
 	}
+	if err = makeDir(filepath.Join(r.stage, "tmp"), 0o777|os.ModeSticky); err != nil {
+		return nil, err
+	}
 	if r.logs, err = os.MkdirTemp("", "klamm-clients-logs-"); err != nil {
 		return nil, err
 	}
@@ -134,6 +137,9 @@ func (r *rig) fillCluster(ctx context.Context) error {
 		c := &clients[i]
 		topics = append(topics, c.topic(), c.topic()+"-redirected", c.topic()+"-direct")
 	}
+	for i := range applications {
+		topics = append(topics, applications[i].topics...)
+	}
 	ids, err := r.createTopics(ctx, topics)
 	if err != nil {
 		return err
@@ -166,6 +172,11 @@ const mutation = `  - name: a mistake
     principals: ["spiffe://clients.test/client"]
     allow:
       - {topic: payouts, operations: [Read, Write, Describe]}
+  - name: another mistake
+    principals: ["spiffe://clients.test/share-without-*"]
+    allow:
+      - {topic: share, operations: [Read, Write]}
+      - {group: "*", operations: [Read]}
 `
 
 // startNode starts the node on the redirected cgroup. It is told of one live broker and learns the others.
@@ -180,11 +191,12 @@ clusters:
   - {name: verify, bootstrap: [%q, %q]}
 identities:
   - {name: clients, spiffe-id: "spiffe://clients.test/client", uid: %d}
-policies: [policy.yaml]
+%spolicies: [policy.yaml]
 audit: {file: %q}
 metrics: {listen: %q}
-`, r.redirected.path, kafka.PlaintextPort, r.cluster.Addrs()[0], r.deadBroker(), clientUID, r.auditFile(), health)
-	rules := policy
+`, r.redirected.path, kafka.PlaintextPort, r.cluster.Addrs()[0], r.deadBroker(), clientUID, actorIdentities(),
+		r.auditFile(), health)
+	rules := policy + actorRules()
 	if mutate {
 		rules += mutation
 	}

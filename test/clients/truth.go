@@ -58,9 +58,19 @@ func (r *rig) commit(ctx context.Context, group, topic string, id [16]byte, offs
 
 // read returns the values of all committed records of a topic.
 func (r *rig) read(ctx context.Context, topic string) ([]string, error) {
+	all, err := r.records(ctx, topic)
+	var values []string
+	for _, record := range all {
+		values = append(values, string(record.Value))
+	}
+	return values, err
+}
+
+// records returns all committed records of a topic, those of each partition in order.
+func (r *rig) records(ctx context.Context, topic string) ([]*kgo.Record, error) {
 	ctx, cancel := context.WithTimeout(ctx, readTimeout)
 	defer cancel()
-	ends, err := r.ends(ctx, topic)
+	ends, err := r.offsets(ctx, topic, latest)
 	if err != nil {
 		return nil, fmt.Errorf("find the end of %s: %w", topic, err)
 	}
@@ -70,7 +80,7 @@ func (r *rig) read(ctx context.Context, topic string) ([]string, error) {
 		return nil, err
 	}
 	defer reader.Close()
-	var values []string
+	var all []*kgo.Record
 	for slices.ContainsFunc(ends, func(left int64) bool { return left > 0 }) {
 		fetches := reader.PollFetches(ctx)
 		if err := ctx.Err(); err != nil {
@@ -81,26 +91,32 @@ func (r *rig) read(ctx context.Context, topic string) ([]string, error) {
 				ends[record.Partition] = 0
 			}
 			if !record.Attrs.IsControl() {
-				values = append(values, string(record.Value))
+				all = append(all, record)
 			}
 		})
 	}
-	return values, nil
+	return all, nil
 }
 
-// ends returns the end offset of each partition, open transactions included: a producer is told of its commit before
-// the partitions are (KIP-98), so the records may become readable only a moment later.
-func (r *rig) ends(ctx context.Context, topic string) ([]int64, error) {
+// Timestamps of ListOffsets that stand for the ends of a partition.
+const (
+	latest   = -1
+	earliest = -2
+)
+
+// offsets returns an offset of each partition; the latest includes open transactions: a producer is told of its commit
+// before the partitions are (KIP-98), so the records may become readable only a moment later.
+func (r *rig) offsets(ctx context.Context, topic string, timestamp int64) ([]int64, error) {
 	request := kmsg.NewPtrListOffsetsRequest()
 	wanted := kmsg.NewListOffsetsRequestTopic()
 	wanted.Topic = topic
 	for i := range int32(partitions) {
 		partition := kmsg.NewListOffsetsRequestTopicPartition()
-		partition.Partition, partition.Timestamp = i, -1 // latest
+		partition.Partition, partition.Timestamp = i, timestamp
 		wanted.Partitions = append(wanted.Partitions, partition)
 	}
 	request.Topics = append(request.Topics, wanted)
-	ends := make([]int64, partitions)
+	found := make([]int64, partitions)
 	for _, shard := range r.admin.RequestSharded(ctx, request) {
 		if shard.Err != nil {
 			return nil, shard.Err
@@ -114,9 +130,9 @@ func (r *rig) ends(ctx context.Context, topic string) ([]int64, error) {
 				if err := kerr.ErrorForCode(partition.ErrorCode); err != nil {
 					return nil, err
 				}
-				ends[partition.Partition] = partition.Offset
+				found[partition.Partition] = partition.Offset
 			}
 		}
 	}
-	return ends, nil
+	return found, nil
 }

@@ -110,7 +110,7 @@ func New(ctx context.Context, opts Options) (*Cluster, error) {
 		opts.Version = Newest
 	}
 	opts.Brokers = max(opts.Brokers, 1)
-	classes, err := installed("broker-" + opts.Version)
+	classes, err := installed("kafka", "broker-"+opts.Version)
 	if err != nil {
 		return nil, err
 	}

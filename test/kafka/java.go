@@ -11,7 +11,7 @@ import (
 // ToolsVersion is the version of Kafka's Java tools that scripts/setup kafka installs.
 const ToolsVersion = "4.3.1"
 
-// Main classes of Kafka's Java tools, for [Tool].
+// Main classes of Kafka's Java tools, for [Tool], and of what is in the other directories below.
 const (
 	ConsoleProducer      = "org.apache.kafka.tools.ConsoleProducer"
 	ConsoleConsumer      = "org.apache.kafka.tools.consumer.ConsoleConsumer"
@@ -19,6 +19,13 @@ const (
 	ConsumerPerformance  = "org.apache.kafka.tools.ConsumerPerformance"
 	ProducerPerformance  = "org.apache.kafka.tools.ProducerPerformance"
 	TopicCommand         = "org.apache.kafka.tools.TopicCommand"
+	TransactionalCopier  = "org.apache.kafka.tools.TransactionalMessageCopier"
+	VerifiableConsumer   = "org.apache.kafka.tools.VerifiableConsumer"
+	VerifiableProducer   = "org.apache.kafka.tools.VerifiableProducer"
+	VerifiableShare      = "org.apache.kafka.tools.VerifiableShareConsumer"
+
+	WordCountDemo     = "org.apache.kafka.streams.examples.wordcount.WordCountDemo" // of StreamsDir
+	ConnectStandalone = "org.apache.kafka.connect.cli.ConnectStandalone"            // of ConnectDir
 )
 
 const (
@@ -36,11 +43,20 @@ func Tool(ctx context.Context, class string, args ...string) (*exec.Cmd, error) 
 	return java(ctx, dir, toolHeap, useArchive(dir), append([]string{class}, args...)), nil
 }
 
-// JavaTool returns the words of the command that runs a tool of the classes in dir: the class and its arguments follow.
-func JavaTool(dir string) []string { return words(dir, toolHeap, useArchive(dir)) }
+// JavaTool returns the words of the command that runs a tool of the classes in dir, with options of the Java runtime:
+// the class and its arguments follow.
+func JavaTool(dir string, options ...string) []string {
+	return words(dir, toolHeap, append(useArchive(dir), options...))
+}
 
 // ToolsDir returns the directory with the classes of Kafka's Java tools, or an error that says how to install them.
-func ToolsDir() (string, error) { return installed("tools-" + ToolsVersion) }
+func ToolsDir() (string, error) { return installed("kafka", "tools-"+ToolsVersion) }
+
+// StreamsDir is what [ToolsDir] is, for Kafka Streams and Apache Kafka's examples of it.
+func StreamsDir() (string, error) { return installed("kafka-streams", "streams-"+ToolsVersion) }
+
+// ConnectDir is what [ToolsDir] is, for Kafka Connect and its connectors for files.
+func ConnectDir() (string, error) { return installed("kafka-connect", "connect-"+ToolsVersion) }
 
 // Cache returns the directory that scripts/setup installs into.
 func Cache() (string, error) {
@@ -54,15 +70,15 @@ func Cache() (string, error) {
 	return filepath.Join(home, ".cache", "klamm"), nil
 }
 
-// installed finds what scripts/setup kafka put into the cache.
-func installed(name string) (string, error) {
+// installed finds what scripts/setup put into the cache when it was told the name setup.
+func installed(setup, name string) (string, error) {
 	cache, err := Cache()
 	if err != nil {
 		return "", err
 	}
 	dir := filepath.Join(cache, "kafka", name)
 	if _, err := os.Stat(dir); err != nil {
-		return "", fmt.Errorf("find Apache Kafka %s: %w: run scripts/setup kafka", name, err)
+		return "", fmt.Errorf("find Apache Kafka %s: %w: run scripts/setup %s", name, err, setup)
 	}
 	return dir, nil
 }
