@@ -39,7 +39,7 @@ type application struct {
 // right is one entry of an application's rule.
 type right struct {
 	allow string // as in a policy
-	says  string // what the application says without it, a regular expression
+	says  string // what the application says without it, a regular expression; empty: another application shows it
 	keeps string // topic that has no new record without it; may be empty
 	hides string // what the application must not say without it; may be empty
 }
@@ -107,14 +107,16 @@ var applications = []application{
 		name:   "connect",
 		uid:    20600,
 		obtain: staged("kafka-connect", "connect", kafka.ConnectDir),
-		rights: []right{
-			{allow: `topic: "{id}", operations: [Create]`, says: `Task failed to create new topic \(name={id},.*authorized`},
-			{allow: `topic: "{id}", operations: [Write]`, says: topicDenied("{id}")},
-			{allow: `topic: "{id}", operations: [Read]`, says: topicDenied("{id}")},
-			{allow: `group: "connect-{id}-sink", operations: [Read]`, says: groupDenied("connect-{id}-sink")},
-		},
-		calls: copyFile,
-		check: fileCopied,
+		rights: connectorRights,
+		calls:  copyFile,
+		check:  fileCopied,
+	}, {
+		name:   "connect-distributed",
+		uid:    20800,
+		obtain: staged("kafka-connect", "connect", kafka.ConnectDir),
+		rights: connectWorkerRights(),
+		calls:  copyFileDistributed,
+		check:  fileCopied,
 	}, {
 		name:   "copier",
 		uid:    20700,
@@ -201,6 +203,9 @@ func runApplication(ctx context.Context, r *rig, s *sheet) {
 	}
 	var failures []error
 	for i, without := range a.rights {
+		if without.says == "" {
+			continue
+		}
 		if err := a.isRefused(ctx, r, &actors[i+1], without); err != nil {
 			failures = append(failures, fmt.Errorf("without {%s}: %w", actors[i+1].fill(without.allow), err))
 		}
@@ -218,12 +223,7 @@ func (a *application) delivers(ctx context.Context, r *rig, as *actor) error {
 	if err := a.check(ctx, r, as, outcomes); err != nil {
 		return err
 	}
-	return r.refusals(as, func(refused []string) error {
-		if len(refused) > 0 {
-			return fmt.Errorf("it was refused, first: %s", refused[0])
-		}
-		return nil
-	})
+	return r.meetsNoRefusal(as)
 }
 
 // isRefused: without one of its rights an application says so in Kafka's terms, as it was refused by the node.
@@ -261,12 +261,11 @@ func (a *application) isRefused(ctx context.Context, r *rig, as *actor, without 
 			return err
 		}
 	}
-	return r.refusals(as, func(refused []string) error {
-		if len(refused) == 0 {
-			return errors.New("the audit tells of no refusal")
-		}
-		return nil
-	})
+	refused, err := r.refusals(as)
+	if err == nil && len(refused) == 0 {
+		return errors.New("the audit tells of no refusal")
+	}
+	return err
 }
 
 func (r *rig) nothingCameTo(ctx context.Context, topic string, before []int64) error {
@@ -302,14 +301,21 @@ func (r *rig) together(ctx context.Context, as *actor, calls []call) []outcome {
 	return outcomes
 }
 
-// refusals has a look at what the audit tells an actor was refused.
-func (r *rig) refusals(as *actor, judge func(refused []string) error) error {
+func (r *rig) meetsNoRefusal(as *actor) error {
+	refused, err := r.refusals(as)
+	if err == nil && len(refused) > 0 {
+		return fmt.Errorf("it was refused, first: %s", refused[0])
+	}
+	return err
+}
+
+// refusals returns the audit's lines of what an actor was refused.
+func (r *rig) refusals(as *actor) (refused []string, err error) {
 	text, err := os.ReadFile(r.auditFile())
 	if err != nil {
-		return err
+		return nil, err
 	}
 	seen := false
-	var refused []string
 	for line := range bytes.Lines(text) {
 		if !bytes.Contains(line, []byte(`"spiffe_id":"`+as.spiffeID()+`"`)) {
 			continue
@@ -320,9 +326,9 @@ func (r *rig) refusals(as *actor, judge func(refused []string) error) error {
 		}
 	}
 	if !seen {
-		return errors.New("the audit does not know of it: its connections did not go through the node")
+		return nil, errors.New("the audit does not know of it: its connections did not go through the node")
 	}
-	return judge(refused)
+	return refused, nil
 }
 
 // place makes a directory of an actor's own, with files.

@@ -80,10 +80,11 @@ func copiesExactlyOnce(ctx context.Context, r *rig, a *application) error {
 	}
 	for p := range int32(partitions) {
 		if given, made := valuesOf(in, p), valuesOf(out, p); !slices.Equal(given, made) {
-			return fmt.Errorf("partition %d: %d records became %d: %s", p, len(given), len(made), firstDifference(given, made))
+			return fmt.Errorf("partition %d: %d records became %d: %s", p, len(given), len(made),
+				firstDifference(given, made))
 		}
 	}
-	return nil
+	return r.meetsNoRefusal(&as)
 }
 
 func valuesOf(records []*kgo.Record, partition int32) []string {

@@ -24,8 +24,10 @@ const (
 	VerifiableProducer   = "org.apache.kafka.tools.VerifiableProducer"
 	VerifiableShare      = "org.apache.kafka.tools.VerifiableShareConsumer"
 
-	WordCountDemo     = "org.apache.kafka.streams.examples.wordcount.WordCountDemo" // of StreamsDir
-	ConnectStandalone = "org.apache.kafka.connect.cli.ConnectStandalone"            // of ConnectDir
+	WordCountDemo = "org.apache.kafka.streams.examples.wordcount.WordCountDemo" // of StreamsDir
+
+	ConnectDistributed = "org.apache.kafka.connect.cli.ConnectDistributed" // of ConnectDir
+	ConnectStandalone  = "org.apache.kafka.connect.cli.ConnectStandalone"
 )
 
 const (
