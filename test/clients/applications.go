@@ -98,7 +98,7 @@ var applications = []application{
 		name:   "word-count-streams",
 		uid:    20500,
 		obtain: staged("kafka-streams", "streams", kafka.StreamsDir),
-		rights: wordCountRights(topicDenied("{id}-")),
+		rights: wordCountRights("Unauthorized to CREATE on topics {id}-"),
 		feed:   feedWords,
 		calls:  wordCount("streams"),
 		check:  wordsCounted,
