@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"reflect"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -21,10 +22,52 @@ var volatile = map[string]string{
 	"JoinGroup.LeaderID":                     "chosen at random",
 	"JoinGroup.Members.MemberID":             "chosen at random",
 	"DescribeGroups.Groups.Members.MemberID": "chosen at random",
+
+	"CreateDelegationToken.TokenID":                        "chosen at random",
+	"CreateDelegationToken.HMAC":                           "of the token's id",
+	"CreateDelegationToken.IssueTimestamp":                 "the time",
+	"CreateDelegationToken.ExpiryTimestamp":                "the time",
+	"CreateDelegationToken.MaxTimestamp":                   "the time",
+	"RenewDelegationToken.ExpiryTimestamp":                 "the time",
+	"ExpireDelegationToken.ExpiryTimestamp":                "the time",
+	"DescribeDelegationToken.TokenDetails.TokenID":         "chosen at random",
+	"DescribeDelegationToken.TokenDetails.HMAC":            "of the token's id",
+	"DescribeDelegationToken.TokenDetails.IssueTimestamp":  "the time",
+	"DescribeDelegationToken.TokenDetails.ExpiryTimestamp": "the time",
+	"DescribeDelegationToken.TokenDetails.MaxTimestamp":    "the time",
+	"DescribeLogDirs.Dirs.Dir":                             "where the broker keeps its data",
+	"DescribeLogDirs.Dirs.TotalBytes":                      "of the disk",
+	"DescribeLogDirs.Dirs.UsableBytes":                     "of the disk",
+	"DescribeLogDirs.Dirs.Topics.Partitions.Size":          "of records that say when they were written",
+	"DescribeQuorum.Topics.Partitions.LeaderEpoch":         "elections take what they take",
+	"DescribeQuorum.Topics.Partitions.HighWatermark":       "grows by itself",
+
+	"DescribeQuorum.Topics.Partitions.CurrentVoters.LogEndOffset":          "grows by itself",
+	"DescribeQuorum.Topics.Partitions.CurrentVoters.LastFetchTimestamp":    "the time",
+	"DescribeQuorum.Topics.Partitions.CurrentVoters.LastCaughtUpTimestamp": "the time",
+	"DescribeQuorum.Topics.Partitions.CurrentVoters.ReplicaDirectoryID":    "chosen at random",
 }
 
 // unordered lists come in the order of a hash table.
-var unordered = map[string]string{}
+var unordered = map[string]string{
+	"AlterClientQuotas.Entries":                 "the controller's",
+	"AlterClientQuotas.Entries.Entity":          "the controller's",
+	"AlterReplicaLogDirs.Topics":                "the broker's",
+	"AlterReplicaLogDirs.Topics.Partitions":     "the broker's",
+	"AlterUserSCRAMCredentials.Results":         "the controller's",
+	"DeleteRecords.Topics":                      "the broker's",
+	"DeleteRecords.Topics.Partitions":           "the broker's",
+	"DescribeDelegationToken.TokenDetails":      "the broker's",
+	"DescribeLogDirs.Dirs.Topics":               "the broker's",
+	"DescribeLogDirs.Dirs.Topics.Partitions":    "the broker's",
+	"DescribeUserSCRAMCredentials.Results":      "the broker's",
+	"ElectLeaders.Topics":                       "the controller's",
+	"ElectLeaders.Topics.Partitions":            "the controller's",
+	"ListConfigResources.ConfigResources":       "the broker's",
+	"WriteTxnMarkers.Markers":                   "the broker's",
+	"WriteTxnMarkers.Markers.Topics":            "the broker's",
+	"WriteTxnMarkers.Markers.Topics.Partitions": "the broker's",
+}
 
 // struct fields in the order of the message.
 type fields []field
@@ -141,6 +184,7 @@ func (w *viewer) text(s string, null bool) any {
 		return nil
 	}
 	s = strings.ReplaceAll(s, w.play.sides[w.side].host, "BROKER")
+	s = javaObject.ReplaceAllString(s, "Cluster authorization failed.")
 	kept := w.play.kept[w.side]
 	for _, name := range slices.Sorted(maps.Keys(kept)) {
 		if kept[name] != "" && s == kept[name] {
@@ -149,6 +193,10 @@ func (w *viewer) text(s string, null bool) any {
 	}
 	return s
 }
+
+// javaObject is how a broker words the refusal of an operation on the cluster: with the request as its Java object, with
+// addresses and buffers. klamm says Errors.CLUSTER_AUTHORIZATION_FAILED.message.
+var javaObject = regexp.MustCompile(`^Request Request\(.*\) (needs \w+ permission|is not authorized)\.$`)
 
 // difference is where two answers differ.
 type difference struct {
