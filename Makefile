@@ -11,7 +11,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 setup := scripts/setup
 objects := $(wildcard bpf/*_bpfel*)
 
-.PHONY: help build generate test lint demo verify-clients verify-fidelity verify-kgo verify-interception verify-kernels verify-k8s verify-identity bench clean
+.PHONY: help build generate test lint demo verify-clients verify-fidelity verify-kgo verify-librdkafka verify-interception verify-kernels verify-k8s verify-identity bench clean
 
 help: ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 22
@@ -41,9 +41,9 @@ lint: ## golangci-lint, and that the committed eBPF objects are what their sourc
 demo: build ## the product on this machine in a minute; needs root
 	bin/klamm demo
 
-verify-clients: build ## foreign Kafka clients through the node and a real three-broker Kafka; needs root
-	$(setup) kafka
-	go run ./test/clients
+verify-clients: build ## foreign Kafka clients and librdkafka's own tests through the node and a real Kafka; needs root
+	$(setup) kafka librdkafka
+	scripts/total 'go run ./test/clients' 'go run ./test/librdkafka'
 
 verify-fidelity: ## the same requests to a broker with ACLs and, through the node, to one without; needs root
 	$(setup) go kafka
@@ -52,6 +52,10 @@ verify-fidelity: ## the same requests to a broker with ACLs and, through the nod
 verify-kgo: build ## franz-go's own integration tests, direct and through the node; needs root
 	$(setup) kafka
 	go run ./test/kgo
+
+verify-librdkafka: build ## librdkafka's own tests, direct and through the node; needs root; builds them the first time
+	$(setup) kafka librdkafka
+	go run ./test/librdkafka
 
 verify-interception: build ## ways around, restarts and crashes, fail modes, pods: against real brokers; needs root
 	$(setup) kafka kcat kubernetes

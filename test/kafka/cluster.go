@@ -62,6 +62,7 @@ type Options struct {
 	TLS        *TLS              // nil: no listener with TLS
 	OAuth      *OAuth            // nil: no OAUTHBEARER
 	MaxReauth  time.Duration     // connections.max.reauth.ms of the SASL listeners (KIP-368); 0: sessions do not end
+	Racks      bool              // each broker is a rack, and consumers may read from the replica of theirs (KIP-392)
 	Decisions  bool              // the authorizer logs each decision, for Cluster.Decisions
 	Cgroup     string            // cgroup2 directory the brokers run in; empty: the caller's
 	Dir        string            // where data and logs go; empty: a temporary directory that Stop removes

@@ -13,6 +13,7 @@ const ToolsVersion = "4.3.1"
 
 // Main classes of Kafka's Java tools, for [Tool], and of what is in the other directories below.
 const (
+	ACLCommand           = "org.apache.kafka.tools.AclCommand"
 	ConsoleProducer      = "org.apache.kafka.tools.ConsoleProducer"
 	ConsoleConsumer      = "org.apache.kafka.tools.consumer.ConsoleConsumer"
 	ConsumerGroupCommand = "org.apache.kafka.tools.consumer.group.ConsumerGroupCommand"

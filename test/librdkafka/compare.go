@@ -1,0 +1,152 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"sync"
+	"text/tabwriter"
+)
+
+// reruns is how often tests that ended differently run again, on both paths. Then only that counts: tests that end in
+// different ways direct must end in the same ways through the node.
+const reruns = 3
+
+// result is how the tests of a group ended each time.
+type result struct {
+	group
+	by map[path][]endings
+}
+
+// count is of tests that ran: what is skipped on both paths shows nothing.
+type count struct{ passed, failed int }
+
+// runAll runs all groups on these paths, the suite's number at a time.
+func (s *suite) runAll(ctx context.Context, groups []group, paths ...path) ([]result, error) {
+	results := make([]result, len(groups))
+	for i, g := range groups {
+		results[i] = result{g, map[path][]endings{}}
+	}
+	return results, s.runAgain(ctx, results, 0, paths...)
+}
+
+// runAgain runs all groups once more, and adds to the results how they ended.
+func (s *suite) runAgain(ctx context.Context, results []result, attempt int, paths ...path) error {
+	var mu sync.Mutex
+	var failures []error
+	var all sync.WaitGroup
+	free := make(chan struct{}, s.parallel)
+	for _, r := range results {
+		for _, by := range paths {
+			free <- struct{}{}
+			all.Go(func() {
+				ends, err := s.run(ctx, r.group, attempt, by)
+				mu.Lock()
+				defer mu.Unlock()
+				r.by[by] = append(r.by[by], ends)
+				failures = append(failures, err)
+				<-free
+			})
+		}
+	}
+	all.Wait()
+	return errors.Join(failures...)
+}
+
+// compare runs all groups on both paths, and those that end differently again.
+func (s *suite) compare(ctx context.Context, groups []group) ([]result, error) {
+	results, err := s.runAll(ctx, groups, direct, node)
+	if err != nil {
+		return nil, err
+	}
+	differing := slices.DeleteFunc(slices.Clone(results), func(r result) bool {
+		return !slices.ContainsFunc(r.names, r.differs)
+	})
+	for attempt := range reruns {
+		if err := s.runAgain(ctx, differing, attempt+1, direct, node); err != nil {
+			return nil, err
+		}
+	}
+	return results, nil
+}
+
+// ways are the different endings of a test, without the first one if it ran again.
+func (r *result) ways(name string, by path) []ending {
+	var ways []ending
+	runs := r.by[by]
+	for _, ends := range runs[min(1, len(runs)-1):] {
+		if !slices.Contains(ways, ends[name]) {
+			ways = append(ways, ends[name])
+		}
+	}
+	slices.SortFunc(ways, func(a, b ending) int { return strings.Compare(a.state+a.reason, b.state+b.reason) })
+	return ways
+}
+
+func (r *result) differs(name string) bool {
+	return !slices.Equal(r.ways(name, direct), r.ways(name, node))
+}
+
+// states shows each ending of a test.
+func (r *result) states(name string, by path) string {
+	var all []string
+	for _, ends := range r.by[by] {
+		all = append(all, ends[name].state)
+	}
+	return strings.Join(all, " ")
+}
+
+// unasked is why the suite skips what its flags leave out: tests that need no broker, and those with known issues.
+const unasked = "Filtered due to negative test flags"
+
+// verdict says what the endings of a test show: ok, and with what remark. Without remark and ok there is nothing to
+// show: the test is not of this scenario.
+func (r *result) verdict(name string) (ok bool, remark string) {
+	first := r.by[direct][0][name]
+	switch {
+	case r.by[node] == nil:
+		return first.state != failed && first.state != aborted, "direct only"
+	case r.differs(name):
+		return false, "DIFFERENT"
+	case first.state == skipped && first.reason == "":
+		return true, ""
+	case first.state == skipped:
+		return true, "not counted: " + first.reason
+	}
+	return true, "equal"
+}
+
+// report shows how each test ended.
+func report(results []result, setting string, out io.Writer) (c count, err error) {
+	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	row := func(columns ...string) {
+		_, werr := fmt.Fprintln(table, strings.Join(columns, "\t"))
+		err = errors.Join(err, werr)
+	}
+	var left []string
+	row("setting", "test", string(direct), string(node), "")
+	for _, r := range results {
+		for _, name := range r.names {
+			ok, remark := r.verdict(name)
+			switch {
+			case remark == "":
+				continue
+			case strings.HasSuffix(remark, unasked):
+				left = append(left, name)
+				continue
+			case !ok:
+				c.failed++
+			case r.by[direct][0][name].state != skipped:
+				c.passed++
+			}
+			row(setting, name, r.states(name, direct), r.states(name, node), remark)
+		}
+	}
+	if len(left) > 0 {
+		row(setting, "left out by the suite's own flags, as they need no broker or have a known issue: "+strings.Join(left, " "))
+	}
+	return c, errors.Join(err, table.Flush())
+}

@@ -1,0 +1,101 @@
+package main
+
+import (
+	"maps"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func TestEndingsAreReadFromReportAndLog(t *testing.T) {
+	dir := t.TempDir()
+	const report = `{ "id": "1_bare", "tests": {"<MAIN>": {"name": "<MAIN>", "state": "PASSED", "report": [ ] }, ` +
+		`"0001_a": {"name": "0001_a", "state": "PASSED", "duration": 1.5, "report": [ {"x": 1} ] }, ` +
+		`"0001_b": {"name": "0001_b", "state": "SKIPPED", "report": [ ] }}, "tests_run": 1}`
+	if err := os.WriteFile(filepath.Join(dir, reportFile), []byte(report), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	states, err := readReport(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const log = "\x1b[36m[0001_a                      /  0.000s] Setting test timeout to 30s\n" +
+		"\x1b[0m\x1b[33m[0001_b                      /  0.000s] WARN: SKIPPING TEST: Not today\n\x1b[0m"
+	g := group{"0001", []string{"0001_a", "0001_b", "0001_c"}}
+	for name, c := range map[string]struct {
+		succeeded bool
+		a, b, c   ending
+	}{
+		"the process succeeded": {true, ending{state: passed}, ending{skipped, "Not today"}, ending{state: aborted}},
+		"the process failed":    {false, ending{state: aborted}, ending{state: aborted}, ending{state: aborted}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			want := endings{"0001_a": c.a, "0001_b": c.b, "0001_c": c.c}
+			if ends := g.endings(states, []byte(log), c.succeeded); !maps.Equal(ends, want) {
+				t.Errorf("%v, not %v", ends, want)
+			}
+		})
+	}
+}
+
+func TestAProcessThatCrashedHasNoReport(t *testing.T) {
+	if states, err := readReport(t.TempDir()); states != nil || err != nil {
+		t.Errorf("%v, %v", states, err)
+	}
+}
+
+func TestTestsAreComparedByTheWaysTheyEnd(t *testing.T) {
+	ends := func(states string) (all []endings) {
+		for state := range strings.FieldsSeq(states) {
+			all = append(all, endings{"0001_a": {state: state}})
+		}
+		return all
+	}
+	for name, c := range map[string]struct {
+		direct, node string
+		differs      bool
+	}{
+		"alike":                                  {"PASSED", "PASSED", false},
+		"both failed":                            {"FAILED", "FAILED", false},
+		"differently":                            {"PASSED", "FAILED", true},
+		"alike when run again":                   {"PASSED PASSED PASSED", "FAILED PASSED PASSED", false},
+		"differently when run again":             {"PASSED PASSED PASSED", "FAILED PASSED FAILED", true},
+		"in several ways on both paths":          {"PASSED FAILED PASSED", "FAILED PASSED FAILED", false},
+		"in several ways direct, in one by node": {"PASSED FAILED PASSED", "FAILED FAILED FAILED", true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := result{by: map[path][]endings{direct: ends(c.direct), node: ends(c.node)}}
+			if got := r.differs("0001_a"); got != c.differs {
+				t.Errorf("differs: %v", got)
+			}
+		})
+	}
+}
+
+func TestTheReportCountsWhatRan(t *testing.T) {
+	one := func(state, reason string) []endings { return []endings{{"0001_a": {state, reason}}} }
+	for name, c := range map[string]struct {
+		direct, node []endings
+		want         count
+		shows        string
+	}{
+		"passed on both paths":  {one(passed, ""), one(passed, ""), count{1, 0}, "equal"},
+		"failed on both paths":  {one(failed, ""), one(failed, ""), count{1, 0}, "equal"},
+		"skipped by the node":   {one(passed, ""), one(skipped, "no"), count{0, 1}, "DIFFERENT"},
+		"skipped on both paths": {one(skipped, "no"), one(skipped, "no"), count{}, "not counted: no"},
+		"left out by flags":     {one(skipped, unasked), one(skipped, unasked), count{}, "left out"},
+		"direct only":           {one(failed, ""), nil, count{0, 1}, "direct only"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := result{group{"0001", []string{"0001_a"}}, map[path][]endings{direct: c.direct, node: c.node}}
+			var out strings.Builder
+			if got, err := report([]result{r}, "old", &out); got != c.want || err != nil {
+				t.Errorf("%+v, %v", got, err)
+			}
+			if !strings.Contains(out.String(), c.shows) {
+				t.Errorf("%q is not in\n%s", c.shows, &out)
+			}
+		})
+	}
+}
