@@ -18,23 +18,6 @@ import (
 	"klamm/test/kafka"
 )
 
-// exceptions are tests that are not compared yet, with the reason.
-var exceptions = []struct {
-	names  *regexp.Regexp
-	reason string
-}{
-	{regexp.MustCompile(`^Test.*Share`), "share groups (KIP-932) are hidden by the node until it can authorise them"},
-}
-
-func excepted(name string) bool {
-	for _, e := range exceptions {
-		if e.names.MatchString(name) {
-			return true
-		}
-	}
-	return false
-}
-
 // suiteRunner runs the tests against one broker.
 type suiteRunner struct {
 	binary  string
@@ -76,7 +59,23 @@ func (r *suiteRunner) run(ctx context.Context, pattern string, through bool) (en
 	if _, err := log.Seek(0, io.SeekStart); err != nil {
 		return nil, err
 	}
-	return parse(ctx, log)
+	ends, err := parse(ctx, log)
+	if err != nil {
+		return nil, fmt.Errorf("%w\n%s", err, end(log))
+	}
+	return ends, nil
+}
+
+// end is the last of a log.
+func end(log *os.File) []byte {
+	const most = 2000
+	size, err := log.Seek(0, io.SeekEnd)
+	if err != nil {
+		return nil
+	}
+	tail := make([]byte, min(size, most))
+	n, _ := log.ReadAt(tail, size-int64(len(tail))) // what it could read
+	return tail[:n]
 }
 
 func parse(ctx context.Context, log io.Reader) (endings, error) {
@@ -97,7 +96,7 @@ func parse(ctx context.Context, log io.Reader) (endings, error) {
 		} else if err != nil {
 			return nil, errors.Join(err, convert.Wait())
 		}
-		if e.Test == "" || excepted(e.Test) {
+		if e.Test == "" {
 			continue
 		}
 		switch e.Action {
@@ -157,9 +156,6 @@ func (r *suiteRunner) compare(
 			verdict += fmt.Sprintf(", reruns: %d", n)
 		}
 		row(kind, name, direct[name], through[name], verdict)
-	}
-	for _, e := range exceptions {
-		row(kind, e.names, "", "", "excepted: "+e.reason)
 	}
 	return passed, failed, err
 }

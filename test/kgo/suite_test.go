@@ -10,7 +10,6 @@ import (
 func TestEndingsAreReadFromTheTestsOutput(t *testing.T) {
 	const log = "\x16=== RUN   TestA\n\x16=== RUN   TestA/sub\n\x16--- PASS: TestA (0.00s)\n" +
 		"    \x16--- SKIP: TestA/sub (0.00s)\n" +
-		"\x16=== RUN   TestShareGroup\n\x16--- PASS: TestShareGroup (0.00s)\n" +
 		"\x16=== RUN   TestB\n\x16--- FAIL: TestB (0.00s)\n\x16=== RUN   TestC\npanic: test timed out\n"
 	ends, err := parse(t.Context(), strings.NewReader(log))
 	if err != nil {
