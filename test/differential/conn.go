@@ -36,13 +36,7 @@ type conn struct {
 	last int32
 }
 
-func newConn(c net.Conn, user, password string) (*conn, error) {
-	conn := &conn{Conn: c, in: bufio.NewReader(c)}
-	if err := conn.login(user, password); err != nil {
-		return nil, errors.Join(fmt.Errorf("log in as %s: %w", user, err), c.Close())
-	}
-	return conn, nil
-}
+func newConn(c net.Conn) *conn { return &conn{Conn: c, in: bufio.NewReader(c)} }
 
 func (c *conn) login(user, password string) error {
 	handshake := kmsg.SASLHandshakeRequest{Version: 1, Mechanism: "PLAIN"}

@@ -105,7 +105,7 @@ func (p *play) ask(i int, st *step, user, connection string) (req kmsg.Request, 
 	}
 	req.SetVersion(p.versionOf(st))
 	for deadline := time.Now().Add(answerTimeout); ; time.Sleep(30 * time.Millisecond) {
-		if o, err = side.exchange(user, connection, req); err != nil {
+		if o, err = side.exchange(user, connection, st.Anonymous, req); err != nil {
 			return req, o, err
 		}
 		done, err := st.settled(o)

@@ -26,7 +26,7 @@ type scenario struct {
 	file string
 	key  int16
 
-	Versions string    // "0-3", "2" or "0, 4-6"; absent: every version that the table and the broker speak
+	Versions string    // "0-3", "2", "0, 4-6" or "13-"; absent: every version that the table and the broker speak
 	Kafka    string    // ">=4.0", "<4.0": only brokers of these versions
 	As       []string  // absent: all users of the world
 	Request  yaml.Node // of the only step
@@ -43,6 +43,7 @@ type step struct {
 	Keep       map[string]string    // placeholder: path of a field in the answer, as in Groups.0.MemberID
 	Until      map[string]yaml.Node // path: value; asked again until the answer has it
 	Connection string               // absent: the user's own; a named one ends with the play
+	Anonymous  bool                 // such a connection begins without a login
 
 	key int16
 }
@@ -144,7 +145,10 @@ func (s *scenario) versions(spoken versionRange) (versions []int16, err error) {
 			to = from
 		}
 		lo, errLo := strconv.ParseInt(from, 10, 16)
-		hi, errHi := strconv.ParseInt(to, 10, 16)
+		hi, errHi := int64(spoken.max), error(nil)
+		if to != "" {
+			hi, errHi = strconv.ParseInt(to, 10, 16)
+		}
 		if err := errors.Join(errLo, errHi); err != nil {
 			return nil, fmt.Errorf("versions: %w", err)
 		}

@@ -33,7 +33,7 @@ func dialDirect(from, to string) (net.Conn, error) {
 }
 
 // conn is a user's connection of a name, which stays open for the requests to come.
-func (s *side) conn(user, name string) (*conn, error) {
+func (s *side) conn(user, name string, anonymous bool) (*conn, error) {
 	key := user + " " + name
 	if c := s.conns[key]; c != nil {
 		return c, nil
@@ -42,17 +42,20 @@ func (s *side) conn(user, name string) (*conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	login := s.world.login(user)
-	c, err := newConn(raw, login, password(login))
-	if err == nil {
-		s.conns[key] = c
+	c := newConn(raw)
+	if !anonymous {
+		login := s.world.login(user)
+		if err := c.login(login, password(login)); err != nil {
+			return nil, errors.Join(fmt.Errorf("log in as %s: %w", user, err), c.Close())
+		}
 	}
-	return c, err
+	s.conns[key] = c
+	return c, nil
 }
 
 // exchange asks as a user. A connection that did not answer is no longer used.
-func (s *side) exchange(user, connection string, req kmsg.Request) (outcome, error) {
-	c, err := s.conn(user, connection)
+func (s *side) exchange(user, connection string, anonymous bool, req kmsg.Request) (outcome, error) {
+	c, err := s.conn(user, connection, anonymous)
 	if err != nil {
 		return outcome{}, err
 	}
@@ -79,7 +82,7 @@ func (s *side) close() {
 
 // ask asks as the super user for what the suite itself wants to know.
 func (s *side) ask(req kmsg.Request) (kmsg.Response, error) {
-	o, err := s.exchange(kafka.Admin, "", req)
+	o, err := s.exchange(kafka.Admin, "", false, req)
 	if err != nil || o.answer == nil {
 		return nil, errors.Join(err, fmt.Errorf("ask %s: %s", s.addr, o.ended))
 	}
