@@ -3,6 +3,7 @@
 // make verify-fidelity.
 //
 // Environment: MUTATE=1 adds a right that no ACL gives, so that the run must fail.
+// SEED=n asks that seed's random requests alone.
 package main
 
 import (
@@ -14,6 +15,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -52,8 +54,9 @@ func run(ctx context.Context, args []string) (failed int, err error) {
 			return 0, err
 		}
 	}
-	scenarios, err := readScenarios("scenarios", matches.MatchString)
-	if err != nil {
+	s := &suite{mutate: os.Getenv("MUTATE") == "1", began: time.Now(), coverage: coverage{},
+		spoken: map[string]map[int16]versionRange{}}
+	if err := s.read(matches.MatchString); err != nil {
 		return 0, err
 	}
 	dir, err := os.MkdirTemp("", "klamm-differential-")
@@ -61,16 +64,40 @@ func run(ctx context.Context, args []string) (failed int, err error) {
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	klamm := filepath.Join(dir, "klamm")
-	if err := buildKlamm(ctx, klamm); err != nil {
+	s.klamm = filepath.Join(dir, "klamm")
+	if err := buildKlamm(ctx, s.klamm); err != nil {
 		return 0, err
 	}
-	s := &suite{mutate: os.Getenv("MUTATE") == "1", klamm: klamm, began: time.Now()}
 	for version := range strings.SplitSeq(*versions, ",") {
-		if err := s.play(ctx, version, scenarios); err != nil {
+		if err := s.play(ctx, version); err != nil {
 			return 0, fmt.Errorf("on Kafka %s: %w", version, err)
 		}
 	}
+	if whole := *pattern == "." && len(s.spoken) > 1 && os.Getenv("SEED") == ""; whole {
+		s.finish()
+	}
 	fmt.Printf("%d passed, %d failed\n", s.passed, s.failed)
 	return s.failed, nil
+}
+
+// read reads the suite's files. SEED=n is that seed's random requests alone.
+func (s *suite) read(matches func(string) bool) (err error) {
+	if s.differences, err = readDifferences("differences.yaml"); err != nil {
+		return err
+	}
+	if err = readStrictly("coverage.yaml", &s.except); err != nil {
+		return err
+	}
+	if seed := os.Getenv("SEED"); seed != "" {
+		n, err := strconv.ParseUint(seed, 10, 64)
+		s.seeds = []uint64{n}
+		return err
+	}
+	if s.scenarios, err = readScenarios("scenarios", matches); err != nil {
+		return err
+	}
+	if matches("seeds") {
+		s.seeds, err = readSeeds("seeds")
+	}
+	return err
 }

@@ -45,6 +45,7 @@ type finding struct {
 	request  kmsg.Request
 	differs  []difference
 	outcomes []outcome
+	shown    [2]any
 }
 
 // step asks both sides. It returns nil where nothing is to be seen.
@@ -82,25 +83,19 @@ func (p *play) step(st *step) (*finding, error) {
 	if st.Unseen {
 		return f, nil
 	}
-	var shown [2]any
-	for i := range shown {
+	for i := range f.shown {
 		var err error
-		if shown[i], err = p.show(i, outcomes[i]); err != nil {
+		if f.shown[i], err = p.show(i, outcomes[i]); err != nil {
 			return nil, err
 		}
 	}
-	f.differs = differences(kmsg.NameForKey(st.key), shown[0], shown[1])
+	f.differs = differences(kmsg.NameForKey(st.key), f.shown[0], f.shown[1])
 	return f, nil
 }
 
 func (p *play) ask(i int, st *step, user, connection string) (req kmsg.Request, o outcome, err error) {
 	side := p.sides[i]
-	text, err := p.fillIn(i, &st.Request)
-	if err != nil {
-		return nil, o, err
-	}
-	req = kmsg.RequestForKey(st.key)
-	if err := message.Fill(text, req); err != nil {
+	if req, err = p.request(i, st); err != nil {
 		return nil, o, err
 	}
 	req.SetVersion(p.versionOf(st))
@@ -125,6 +120,18 @@ func (p *play) ask(i int, st *step, user, connection string) (req kmsg.Request, 
 		p.kept[i][name] = textOf(v)
 	}
 	return req, o, nil
+}
+
+func (p *play) request(side int, st *step) (kmsg.Request, error) {
+	if st.made != nil {
+		return st.made(side)
+	}
+	text, err := p.fillIn(side, &st.Request)
+	if err != nil {
+		return nil, err
+	}
+	req := kmsg.RequestForKey(st.key)
+	return req, message.Fill(text, req)
 }
 
 func (p *play) versionOf(st *step) int16 {

@@ -45,7 +45,8 @@ type step struct {
 	Connection string               // absent: the user's own; a named one ends with the play
 	Anonymous  bool                 // such a connection begins without a login
 
-	key int16
+	key  int16
+	made func(side int) (kmsg.Request, error) // in place of Request
 }
 
 // readScenarios reads all files below a folder whose path matches.

@@ -4,42 +4,59 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kmsg"
 
 	"klamm/enforcer/kafka/authz"
+	"klamm/test/kafka"
 	"klamm/test/message"
 )
 
-// suite counts plays.
+// suite plays and counts.
 type suite struct {
-	mutate         bool
-	klamm          string
-	began          time.Time
-	passed, failed int
-	plays          int
+	scenarios   []*scenario
+	differences []*deliberate
+	except      exceptions
+	seeds       []uint64
+	mutate      bool
+	klamm       string
+	began       time.Time
+
+	plays, passed, failed int
+	coverage              coverage
+	spoken                map[string]map[int16]versionRange // by release of Kafka
+	toAdmin               map[string]any                    // what the super user saw, by version and step of the scenario
 }
 
-// play plays scenarios on one release of Kafka.
-func (s *suite) play(ctx context.Context, version string, scenarios []*scenario) (err error) {
+// play plays everything on one release of Kafka.
+func (s *suite) play(ctx context.Context, version string) (err error) {
 	w, err := newWorld(ctx, version, s.klamm, s.mutate)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, w.close()) }()
+	s.spoken[version] = w.spoken
 	s.progress("Kafka %s is up", version)
-	for i, sc := range scenarios {
-		if i == 0 || scenarios[i-1].key != sc.key {
+	for i, sc := range s.scenarios {
+		if i == 0 || s.scenarios[i-1].key != sc.key {
 			s.progress("Kafka %s: %s", version, kmsg.NameForKey(sc.key))
 		}
 		if err := s.playAll(ctx, w, sc); err != nil {
 			return err
 		}
 	}
-	s.progress("Kafka %s: %d passed, %d failed", version, s.passed, s.failed)
+	for _, seed := range s.seeds {
+		s.progress("Kafka %s: random requests of seed %d", version, seed)
+		if err := s.playRandom(ctx, w, seed); err != nil {
+			return err
+		}
+	}
+	s.progress("Kafka %s: %d passed, %d failed so far", version, s.passed, s.failed)
 	return nil
 }
 
@@ -53,7 +70,7 @@ func (s *suite) playAll(ctx context.Context, w *world, sc *scenario) error {
 		return err
 	}
 	if authz.Table[sc.key].Decide == nil {
-		s.fail(sc, "", errors.New("the version table has no row for this API"))
+		s.fail(sc.name(), errors.New("the version table has no row for this API"))
 		return nil
 	}
 	spoken, known := w.spoken[sc.key]
@@ -68,6 +85,7 @@ func (s *suite) playAll(ctx context.Context, w *world, sc *scenario) error {
 	if users == nil {
 		users = w.names
 	}
+	s.toAdmin = map[string]any{}
 	for _, version := range versions {
 		for _, user := range users {
 			if ctx.Err() != nil {
@@ -75,33 +93,96 @@ func (s *suite) playAll(ctx context.Context, w *world, sc *scenario) error {
 			}
 			s.plays++
 			p := w.newPlay(sc, version, user, fmt.Sprintf("r%d", s.plays))
-			s.playOnce(p, sc)
+			s.playSteps(p, sc.name(), sc.Steps, true)
 		}
 	}
 	return nil
 }
 
-func (s *suite) playOnce(p *play, sc *scenario) {
+// playRandom plays a seed's random requests.
+func (s *suite) playRandom(ctx context.Context, w *world, seed uint64) error {
+	for key := range int16(kmsg.MaxKey + 1) {
+		spoken := w.spoken[key].within(authz.Table[key])
+		if _, skip := never[kmsg.Key(key)]; skip || !w.speaks(key) || spoken.max < spoken.min {
+			continue
+		}
+		for n := range perSeed {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			p, st := w.randomPlay(seed, key, n)
+			s.playSteps(p, fmt.Sprintf("%s/SEED=%d request %d", kmsg.NameForKey(key), seed, n), []step{*st}, false)
+		}
+	}
+	return nil
+}
+
+// playSteps plays steps up to the first that differs. What random requests cover by chance does not count.
+func (s *suite) playSteps(p *play, name string, steps []step, counts bool) {
 	defer p.end()
-	for i := range sc.Steps {
-		f, err := p.step(&sc.Steps[i])
-		where := fmt.Sprintf("Kafka %s, version %d, %s, step %d", p.world.version, p.version, p.user, i+1)
+	for i := range steps {
+		st := &steps[i]
+		f, err := p.step(st)
+		if err == nil {
+			f.differs = slices.DeleteFunc(f.differs, func(d difference) bool { return covers(s.differences, d) })
+		}
+		if err == nil && len(f.differs) > 0 {
+			err = f
+		}
 		if err != nil {
-			s.fail(sc, where, err)
+			s.fail(fmt.Sprintf("%s (Kafka %s, version %d, %s, step %d)", name, p.world.version, p.version, p.user, i+1), err)
 			return
 		}
-		if len(f.differs) > 0 {
-			s.fail(sc, where, f)
-			return
+		if counts && !st.Unseen {
+			s.cover(p, st, i, f)
 		}
 	}
 	s.passed++
 }
 
-func (s *suite) fail(sc *scenario, where string, why error) {
+// cover counts what a step has asked and what came of it.
+func (s *suite) cover(p *play, st *step, i int, f *finding) {
+	place := fmt.Sprint(p.version, i)
+	if p.user == kafka.Admin {
+		s.toAdmin[place] = f.shown[0]
+	}
+	classes := append(asked(f.request, p.sides[0]), came(f.shown[0], s.toAdmin[place]))
+	s.coverage.add(cell{st.key, f.request.GetVersion()}, classes...)
+}
+
+func (s *suite) fail(name string, why error) {
 	s.failed++
-	sentence := strings.TrimSuffix(filepath.Base(sc.file), ".yaml")
-	fmt.Printf("FAIL  %s/%s (%s)\n%s\n", kmsg.NameForKey(sc.key), sentence, where, indent(why.Error()))
+	fmt.Printf("FAIL  %s\n%s\n", name, indent(why.Error()))
+}
+
+// speaks tells whether any of the brokers speaks a version of an API.
+func (s *suite) speaks(key, version int16) bool {
+	for _, spoken := range s.spoken {
+		if r, is := spoken[key]; is && r.has(version) {
+			return true
+		}
+	}
+	return false
+}
+
+// finish reports, and fails what was to be covered or used and is not.
+func (s *suite) finish() {
+	s.coverage.print(os.Stdout, s.speaks, s.except)
+	for _, blank := range s.coverage.blanks(s.speaks, s.except) {
+		s.fail("coverage", fmt.Errorf("nothing was asked of %s", blank))
+	}
+	fmt.Println("deliberate differences:")
+	for _, d := range s.differences {
+		fmt.Printf("  %s: %s\n", strings.Join(d.Fields, ", "), d.Reason)
+		if !d.used {
+			s.fail("differences", fmt.Errorf("%s does not differ: take it from the list", strings.Join(d.Fields, ", ")))
+		}
+	}
+}
+
+// name is the scenario's API and sentence.
+func (s *scenario) name() string {
+	return kmsg.NameForKey(s.key) + "/" + strings.TrimSuffix(filepath.Base(s.file), ".yaml")
 }
 
 func indent(text string) string {

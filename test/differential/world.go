@@ -213,35 +213,20 @@ func password(login string) string {
 	return login + "-secret"
 }
 
-const (
-	// The super user of a cluster is nobody's ACL, and not in what is translated from them.
-	superUserPolicy = `apiVersion: klamm/v1
-rules:
-  - name: the super user
-    principals: ["User:` + kafka.Admin + `"]
-    allow:
-      - {topic: "*", operations: [All]}
-      - {group: "*", operations: [All]}
-      - {transactional-id: "*", operations: [All]}
-      - {delegation-token: "*", operations: [All]}
-      - {user: "*", operations: [All]}
-      - {cluster: kafka-cluster, operations: [All]}
+// mistake is a right that no ACL gives: with MUTATE=1 the suite must fail.
+const mistake = `apiVersion: klamm/v1
+rules: [{name: a mistake, principals: ["User:carol"], allow: [{topic: orders, operations: [Read]}]}]
 `
-	// MUTATE=1 adds a right that no ACL gives: the suite must fail.
-	mutation = `  - name: a mistake
-    principals: ["User:carol"]
-    allow: [{topic: orders, operations: [Read]}]
-`
-)
 
 func (w *world) startNode(ctx context.Context, klamm string, mutate bool) error {
-	super := superUserPolicy
+	policies := "[acls.yaml]"
 	if mutate {
-		super += mutation
+		policies = "[acls.yaml, mistake.yaml]"
 	}
-	translated, err := translate(filepath.Join(worldDir, "acls.txt"), klamm)
-	if err != nil {
-		return err
+	translate := exec.CommandContext(ctx, klamm, "policy", "import-acls", filepath.Join(worldDir, "acls.txt"),
+		"--super-user", "User:"+kafka.Admin, "--to", filepath.Join(w.dir, "acls.yaml"))
+	if out, err := translate.CombinedOutput(); err != nil {
+		return fmt.Errorf("%s: %w\n%s", translate, err, out)
 	}
 	metrics, err := host.FreeAddr()
 	if err != nil {
@@ -250,16 +235,16 @@ func (w *world) startNode(ctx context.Context, klamm string, mutate bool) error 
 	secret := filepath.Join(w.dir, "admin-password")
 	login := fmt.Sprintf("{mechanism: PLAIN, username: %s, password-file: %q}", kafka.Admin, secret)
 	for name, text := range map[string]string{
-		"admin-password": kafka.AdminPassword, "super.yaml": super, "acls.yaml": translated,
+		"admin-password": kafka.AdminPassword, "mistake.yaml": mistake,
 		"klamm.yaml": fmt.Sprintf(`node: {name: differential, cgroup: %s, pins: "", socket: ""}
 intercept: {firewall: false, ports: [%d]}
 clusters:
   - {name: through, bootstrap: [%q], credentials: %[4]s}
   - {name: acls, bootstrap: [%[5]q], credentials: %[4]s}
-policies: [super.yaml, acls.yaml]
+policies: %[7]s
 audit: {file: audit.log}
 metrics: {listen: %[6]q}
-`, w.cgroup, kafka.SASLPort, w.through.addr, login, w.throughACLs.addr, metrics),
+`, w.cgroup, kafka.SASLPort, w.through.addr, login, w.throughACLs.addr, metrics, policies),
 	} {
 		if err := os.WriteFile(filepath.Join(w.dir, name), []byte(text), 0o600); err != nil {
 			return err
