@@ -124,3 +124,11 @@ func TestWhatTheTableDoesNotConsiderIsNamed(t *testing.T) {
 		}
 	}
 }
+
+func TestEveryRowSaysWhatItTakes(t *testing.T) {
+	for key := range kmsg.Key(kmsg.MaxKey + 1) {
+		if (Table[key].Decide != nil) != (Requirements[key] != "") {
+			t.Errorf("%s: a row and an entry in Requirements go together", key.Name())
+		}
+	}
+}

@@ -1,0 +1,97 @@
+package authz
+
+import "github.com/twmb/franz-go/pkg/kmsg"
+
+// Requirements says of each API in the table what a client must be allowed, as Kafka's documentation of its protocol
+// does: resource type and operation. docs/kafka-compatibility.md is made of it.
+var Requirements = map[kmsg.Key]string{
+	kmsg.Produce:              "Topic Write; TransactionalId Write where records are transactional",
+	kmsg.Fetch:                "Topic Read; followers Cluster ClusterAction",
+	kmsg.ListOffsets:          "Topic Describe",
+	kmsg.OffsetForLeaderEpoch: "Topic Describe; replicas Cluster ClusterAction",
+	kmsg.DeleteRecords:        "Topic Delete",
+
+	kmsg.ApiVersions:      "nothing; shows what both the broker and this table speak",
+	kmsg.SASLHandshake:    "nothing",
+	kmsg.SASLAuthenticate: "that the policy lets the workload log in so",
+
+	kmsg.Metadata:                "Topic Describe, to create Topic or Cluster Create; lists what may be described",
+	kmsg.DescribeTopicPartitions: "Topic Describe; lists what may be described",
+	kmsg.CreateTopics:            "Topic or Cluster Create; Topic DescribeConfigs to see the configs",
+	kmsg.DeleteTopics:            "Topic or Cluster Delete; Topic Describe to be told the name of an id",
+	kmsg.CreatePartitions:        "Topic Alter",
+
+	kmsg.DescribeConfigs:            "Topic, Group or Cluster DescribeConfigs, by the kind of resource",
+	kmsg.AlterConfigs:               "Topic, Group or Cluster AlterConfigs, by the kind of resource",
+	kmsg.IncrementalAlterConfigs:    "Topic, Group or Cluster AlterConfigs, by the kind of resource",
+	kmsg.ListConfigResources:        "Cluster DescribeConfigs",
+	kmsg.DescribeClientQuotas:       "Cluster DescribeConfigs",
+	kmsg.AlterClientQuotas:          "Cluster AlterConfigs",
+	kmsg.DescribeLogDirs:            "Cluster Describe",
+	kmsg.AlterReplicaLogDirs:        "Cluster Alter",
+	kmsg.ElectLeaders:               "Cluster Alter",
+	kmsg.AlterPartitionAssignments:  "Cluster Alter",
+	kmsg.ListPartitionReassignments: "Cluster Describe",
+	kmsg.DescribeCluster:            "nothing for the brokers; Cluster Alter for the controllers",
+	kmsg.UnregisterBroker:           "Cluster Alter",
+	kmsg.DescribeQuorum:             "Cluster Describe",
+	kmsg.AddRaftVoter:               "Cluster Alter",
+	kmsg.RemoveRaftVoter:            "Cluster Alter",
+	kmsg.UnregisterController:       "Cluster Alter",
+	kmsg.UpdateFeatures:             "Cluster Alter",
+
+	kmsg.DescribeACLs:                 "Cluster Describe",
+	kmsg.CreateACLs:                   "Cluster Alter",
+	kmsg.DeleteACLs:                   "Cluster Alter",
+	kmsg.DescribeUserSCRAMCredentials: "Cluster Describe",
+	kmsg.AlterUserSCRAMCredentials:    "Cluster Alter",
+	kmsg.CreateDelegationToken:        "a login of one's own; User CreateTokens for other owners",
+	kmsg.RenewDelegationToken:         "a login of one's own, which owns or renews the token",
+	kmsg.ExpireDelegationToken:        "a login of one's own, which owns or renews the token",
+	kmsg.DescribeDelegationToken:      "a login of one's own; DelegationToken Describe or User DescribeTokens for others'",
+
+	kmsg.InitProducerID:       "TransactionalId Write; without one Cluster IdempotentWrite or Write on any topic",
+	kmsg.AddPartitionsToTxn:   "TransactionalId Write, Topic Write; from version 4 Cluster ClusterAction",
+	kmsg.AddOffsetsToTxn:      "TransactionalId Write, Group Read",
+	kmsg.EndTxn:               "TransactionalId Write",
+	kmsg.TxnOffsetCommit:      "TransactionalId Write, Group Read, Topic Read",
+	kmsg.DescribeProducers:    "Topic Read",
+	kmsg.DescribeTransactions: "TransactionalId Describe; shows the topics that may be described",
+	kmsg.ListTransactions:     "TransactionalId Describe; lists what may be described",
+	kmsg.WriteTxnMarkers:      "Cluster Alter or ClusterAction",
+
+	kmsg.FindCoordinator: "Group Describe or TransactionalId Describe; share groups' state Cluster ClusterAction",
+	kmsg.JoinGroup:       "Group Read",
+	kmsg.SyncGroup:       "Group Read",
+	kmsg.Heartbeat:       "Group Read",
+	kmsg.LeaveGroup:      "Group Read",
+	kmsg.OffsetCommit:    "Group Read, Topic Read",
+	kmsg.OffsetFetch:     "Group Describe, Topic Describe; lists what may be described",
+	kmsg.OffsetDelete:    "Group Delete, Topic Read",
+	kmsg.DescribeGroups:  "Group Describe",
+	kmsg.ListGroups:      "Cluster Describe, or lists the groups with Group Describe",
+	kmsg.DeleteGroups:    "Group Delete",
+
+	kmsg.ConsumerGroupHeartbeat: "Group Read, Topic Describe; a regular expression finds what may be described",
+	kmsg.ConsumerGroupDescribe:  "Group Describe, Topic Describe of what members have",
+
+	kmsg.ShareGroupHeartbeat:        "Group Read, Topic Describe",
+	kmsg.ShareGroupDescribe:         "Group Describe, Topic Describe of what members have",
+	kmsg.ShareFetch:                 "Group Read, Topic Read",
+	kmsg.ShareAcknowledge:           "Group Read, Topic Read",
+	kmsg.DescribeShareGroupOffsets:  "Group Describe, Topic Describe; lists what may be described",
+	kmsg.AlterShareGroupOffsets:     "Group Read, Topic Read",
+	kmsg.DeleteShareGroupOffsets:    "Group Delete, Topic Read",
+	kmsg.InitializeShareGroupState:  "Cluster ClusterAction",
+	kmsg.ReadShareGroupState:        "Cluster ClusterAction",
+	kmsg.WriteShareGroupState:       "Cluster ClusterAction",
+	kmsg.DeleteShareGroupState:      "Cluster ClusterAction",
+	kmsg.ReadShareGroupStateSummary: "Cluster ClusterAction",
+
+	kmsg.StreamsGroupHeartbeat:                 "Group Read, Topic Describe; Topic or Cluster Create of internal topics",
+	kmsg.StreamsGroupDescribe:                  "Group Describe, Topic Describe",
+	kmsg.StreamsGroupTopologyDescriptionUpdate: "Group Read",
+
+	kmsg.GetTelemetrySubscriptions: "nothing",
+	kmsg.PushTelemetry:             "nothing",
+}
