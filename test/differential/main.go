@@ -18,7 +18,6 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
-	"time"
 
 	"klamm/test/host"
 	"klamm/test/kafka"
@@ -41,6 +40,8 @@ func main() {
 func run(ctx context.Context, args []string) (failed int, err error) {
 	flags := flag.NewFlagSet("differential", flag.ContinueOnError)
 	versions := flags.String("kafka", kafka.Newest+","+kafka.Previous, "releases of Kafka")
+	keep := flags.Bool("report", false, "keep what a whole run without failures found, and write the document from it")
+	doc := flags.Bool("doc", false, "only write the document, from what was kept")
 	pattern := flags.String("run", ".", "only scenarios whose path matches")
 	if err := flags.Parse(args); err != nil {
 		return 0, err
@@ -54,8 +55,11 @@ func run(ctx context.Context, args []string) (failed int, err error) {
 			return 0, err
 		}
 	}
-	s := &suite{mutate: os.Getenv("MUTATE") == "1", began: time.Now(), coverage: coverage{},
-		spoken: map[string]map[int16]versionRange{}}
+	if *doc {
+		return 0, writeDocument()
+	}
+	s := newSuite()
+	s.mutate = os.Getenv("MUTATE") == "1"
 	if err := s.read(matches.MatchString); err != nil {
 		return 0, err
 	}
@@ -68,16 +72,20 @@ func run(ctx context.Context, args []string) (failed int, err error) {
 	if err := buildKlamm(ctx, s.klamm); err != nil {
 		return 0, err
 	}
-	for version := range strings.SplitSeq(*versions, ",") {
+	releases := strings.Split(*versions, ",")
+	for _, version := range releases {
 		if err := s.play(ctx, version); err != nil {
 			return 0, fmt.Errorf("on Kafka %s: %w", version, err)
 		}
 	}
 	if whole := *pattern == "." && len(s.spoken) > 1 && os.Getenv("SEED") == ""; whole {
 		s.finish()
+		if *keep && s.failed == 0 {
+			err = errors.Join(s.report(releases).write(), writeDocument())
+		}
 	}
 	fmt.Printf("%d passed, %d failed\n", s.passed, s.failed)
-	return s.failed, nil
+	return s.failed, err
 }
 
 // read reads the suite's files. SEED=n is that seed's random requests alone.
