@@ -17,6 +17,7 @@ import (
 var volatile = map[string]string{
 	"*.ThrottleMillis":                       "how busy the broker is",
 	"CreateTopics.Topics.TopicID":            "chosen at random",
+	"ApiVersions.FinalizedFeaturesEpoch":     "how far the metadata log is",
 	"Fetch.SessionID":                        "chosen at random",
 	"JoinGroup.MemberID":                     "chosen at random",
 	"JoinGroup.LeaderID":                     "chosen at random",
@@ -48,26 +49,38 @@ var volatile = map[string]string{
 	"DescribeQuorum.Topics.Partitions.CurrentVoters.ReplicaDirectoryID":    "chosen at random",
 }
 
-// unordered lists come in the order of a hash table.
+// unordered lists come in the order of the broker's hash tables, or of its own work.
 var unordered = map[string]string{
+	"AddPartitionsToTxn.Topics":                            "a map by partition",
+	"AddPartitionsToTxn.Topics.Partitions":                 "a map by partition",
 	"AlterClientQuotas.Entries":                            "the controller's",
 	"AlterClientQuotas.Entries.Entity":                     "the controller's",
 	"AlterReplicaLogDirs.Topics":                           "the broker's",
 	"AlterReplicaLogDirs.Topics.Partitions":                "the broker's",
 	"AlterUserSCRAMCredentials.Results":                    "the controller's",
+	"CreatePartitions.Topics":                              "a set of names",
+	"CreateTopics.Topics":                                  "a set of names",
 	"DeleteRecords.Topics":                                 "the broker's",
 	"DeleteRecords.Topics.Partitions":                      "the broker's",
+	"DeleteTopics.Topics":                                  "a set of names",
 	"DescribeDelegationToken.TokenDetails":                 "the broker's",
 	"DescribeLogDirs.Dirs.Topics":                          "the broker's",
 	"DescribeLogDirs.Dirs.Topics.Partitions":               "the broker's",
-	"DescribeUserSCRAMCredentials.Results.CredentialInfos": "the broker's",
+	"DescribeTopicPartitions.Topics":                       "refused and unknown ones come from a set",
 	"DescribeUserSCRAMCredentials.Results":                 "the broker's",
+	"DescribeUserSCRAMCredentials.Results.CredentialInfos": "a map by mechanism",
 	"ElectLeaders.Topics":                                  "the controller's",
 	"ElectLeaders.Topics.Partitions":                       "the controller's",
+	"Fetch.Topics":                                         "refused ones come from a map by partition",
+	"Fetch.Topics.Partitions":                              "refused ones come from a map by partition",
 	"ListConfigResources.ConfigResources":                  "the broker's",
-	"WriteTxnMarkers.Markers":                              "the broker's",
-	"WriteTxnMarkers.Markers.Topics":                       "the broker's",
-	"WriteTxnMarkers.Markers.Topics.Partitions":            "the broker's",
+	"Metadata.Topics":                                      "a set of names",
+	"OffsetCommit.Topics":                                  "in the order in which the broker finds their errors",
+	"Produce.Topics":                                       "a map by partition",
+	"Produce.Topics.Partitions":                            "a map by partition",
+	"WriteTxnMarkers.Markers":                              "a map by producer",
+	"WriteTxnMarkers.Markers.Topics":                       "a map by partition",
+	"WriteTxnMarkers.Markers.Topics.Partitions":            "a map by partition",
 }
 
 // struct fields in the order of the message.

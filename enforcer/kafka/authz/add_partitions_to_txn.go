@@ -32,13 +32,25 @@ func addPartitionsToTxn(c *Ctx, req *kmsg.AddPartitionsToTxnRequest) Verdict {
 		return Verdict{}
 	}
 	forward, part := *req, *req
-	part.Topics = out[0].entries
+	part.Topics = eachPartition(out[0].entries)
 	refused := as[*kmsg.AddPartitionsToTxnResponse](Refuse(&part, out[0].err, "")).Topics
-	forward.Topics = append(kept, kmsg.AddPartitionsToTxnRequestTopic{Topic: noTopic, Partitions: []int32{0}})
+	forward.Topics = append(eachPartition(kept), kmsg.AddPartitionsToTxnRequestTopic{Topic: noTopic, Partitions: []int32{0}})
 	return partly(c, &forward, len(kept), func(_ *Ctx, resp *kmsg.AddPartitionsToTxnResponse) {
 		resp.Topics = slices.DeleteFunc(resp.Topics, func(t kmsg.AddPartitionsToTxnResponseTopic) bool {
 			return t.Topic == noTopic
 		})
 		resp.Topics = slices.Concat(refused, resp.Topics)
 	})
+}
+
+// eachPartition is the topics as a broker answers about them: each partition once, and no topic without one.
+func eachPartition(topics []kmsg.AddPartitionsToTxnRequestTopic) []kmsg.AddPartitionsToTxnRequestTopic {
+	topics = fold(slices.Clone(topics), func(t *kmsg.AddPartitionsToTxnRequestTopic) string { return t.Topic },
+		func(first, other *kmsg.AddPartitionsToTxnRequestTopic) {
+			first.Partitions = slices.Concat(first.Partitions, other.Partitions)
+		})
+	for i := range topics {
+		topics[i].Partitions = once(topics[i].Partitions, func(p *int32) int32 { return *p })
+	}
+	return slices.DeleteFunc(topics, func(t kmsg.AddPartitionsToTxnRequestTopic) bool { return len(t.Partitions) == 0 })
 }

@@ -5,11 +5,28 @@ import (
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
-// createTopics: Create on the cluster or the topic. Without Topic DescribeConfigs the answer (v5+) tells neither the
+// clusterMetadata is the controllers' own topic (Topic.CLUSTER_METADATA_TOPIC_NAME).
+const clusterMetadata = "__cluster_metadata"
+
+// What a broker refuses before it asks whether the client may.
+var (
+	topicTwice    = &kerr.Error{Code: kerr.InvalidRequest.Code, Description: "Duplicate topic name."}
+	topicReserved = &kerr.Error{Code: kerr.InvalidRequest.Code,
+		Description: "Creation of internal topic " + clusterMetadata + " is prohibited."}
+)
+
+// createTopics: Create on the cluster or the topic. A name that comes twice is not asked about, and answered once. Without Topic DescribeConfigs the answer (v5+) tells neither the
 // configuration nor the partition count of what was created.
 func createTopics(c *Ctx, req *kmsg.CreateTopicsRequest) Verdict {
+	name := func(t *kmsg.CreateTopicsRequestTopic) string { return t.Topic }
+	twice := repeated(req.Topics, name)
 	kept, out := sift(req.Topics, func(t *kmsg.CreateTopicsRequestTopic) *kerr.Error {
-		if !c.allowTopicOrCluster(t.Topic, kmsg.ACLOperationCreate) {
+		switch {
+		case twice[t.Topic]:
+			return topicTwice
+		case t.Topic == clusterMetadata:
+			return topicReserved
+		case !c.allowTopicOrCluster(t.Topic, kmsg.ACLOperationCreate):
 			return kerr.TopicAuthorizationFailed
 		}
 		return nil
@@ -22,8 +39,16 @@ func createTopics(c *Ctx, req *kmsg.CreateTopicsRequest) Verdict {
 	switch {
 	case len(out) > 0:
 		forward, part := *req, *req
-		forward.Topics, part.Topics = kept, out[0].entries
-		refused := as[*kmsg.CreateTopicsResponse](Refuse(&part, out[0].err, "Authorization failed.")).Topics
+		forward.Topics = kept
+		var refused []kmsg.CreateTopicsResponseTopic
+		for _, o := range out {
+			msg := o.err.Description
+			if o.err == kerr.TopicAuthorizationFailed {
+				msg = "Authorization failed."
+			}
+			part.Topics = once(o.entries, name)
+			refused = append(refused, as[*kmsg.CreateTopicsResponse](Refuse(&part, o.err, msg)).Topics...)
+		}
 		return partly(c, &forward, len(kept), func(c *Ctx, resp *kmsg.CreateTopicsResponse) {
 			hide(c, resp)
 			resp.Topics = append(resp.Topics, refused...)

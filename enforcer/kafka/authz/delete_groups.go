@@ -5,9 +5,9 @@ import (
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
-// deleteGroups: Group Delete. Refused groups follow the broker's.
+// deleteGroups: Group Delete. Refused groups follow the broker's; one that is named twice is answered once.
 func deleteGroups(c *Ctx, req *kmsg.DeleteGroupsRequest) Verdict {
-	kept, out := sift(req.Groups, func(group *string) *kerr.Error {
+	kept, out := sift(once(req.Groups, func(group *string) string { return *group }), func(group *string) *kerr.Error {
 		return c.judgeGroup(*group, kmsg.ACLOperationDelete)
 	})
 	if len(out) == 0 {

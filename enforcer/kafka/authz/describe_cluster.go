@@ -9,10 +9,15 @@ import (
 const endpointControllers = 2
 
 // describeCluster: anyone may see the brokers. Cluster Describe is for the authorized operations only; to see the
-// controllers takes Cluster Alter.
+// controllers takes Cluster Alter. Whom of them it shows, if any, is said first by who is asked.
 func describeCluster(c *Ctx, req *kmsg.DescribeClusterRequest) Verdict {
 	if req.EndpointType == endpointControllers && !c.AllowCluster(kmsg.ACLOperationAlter) {
-		return Verdict{Answer: Refuse(req, kerr.ClusterAuthorizationFailed, clusterAuthorizationFailed)}
+		return Verdict{Edit: edit(func(_ *Ctx, resp *kmsg.DescribeClusterResponse) {
+			if resp.ErrorCode == 0 {
+				*resp = *as[*kmsg.DescribeClusterResponse](Refuse(req, kerr.ClusterAuthorizationFailed,
+					clusterAuthorizationFailed))
+			}
+		})}
 	}
 	if !req.IncludeClusterAuthorizedOperations {
 		return Verdict{}

@@ -1,12 +1,7 @@
 package authz
 
 import (
-	"crypto/aes"
-	"crypto/cipher"
-	"crypto/rand"
-	"encoding/base64"
 	"slices"
-	"strings"
 
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kmsg"
@@ -16,7 +11,7 @@ import (
 // where the next one starts. Refused topics from the cursor on are in every page, as in Kafka.
 func describeTopicPartitions(c *Ctx, req *kmsg.DescribeTopicPartitionsRequest) Verdict {
 	if len(req.Topics) == 0 {
-		return describeAllTopicPartitions(req)
+		return c.describeAllTopicPartitions(req)
 	}
 	if !validCursor(req) {
 		return Verdict{Answer: Refuse(req, kerr.InvalidRequest, "")}
@@ -27,6 +22,7 @@ func describeTopicPartitions(c *Ctx, req *kmsg.DescribeTopicPartitionsRequest) V
 			due = append(due, t)
 		}
 	}
+	due = once(due, func(t *kmsg.DescribeTopicPartitionsRequestTopic) string { return t.Topic })
 	kept, out := sift(due, func(t *kmsg.DescribeTopicPartitionsRequestTopic) *kerr.Error {
 		return c.judgeTopic(false, t.Topic, TopicID{}, kmsg.ACLOperationDescribe)
 	})
@@ -55,70 +51,44 @@ func validCursor(req *kmsg.DescribeTopicPartitionsRequest) bool {
 		})
 }
 
-// describeAllTopicPartitions leaves out what the subject may not Describe. Where the broker's next page starts at such
-// a topic, the client gets its name sealed, and brings it back so: pages of one partition would list all names else.
-func describeAllTopicPartitions(req *kmsg.DescribeTopicPartitionsRequest) Verdict {
-	v := Verdict{Edit: edit(func(c *Ctx, resp *kmsg.DescribeTopicPartitionsResponse) {
-		visible := func(topic string) bool {
-			return c.Visible(kmsg.ACLResourceTypeTopic, topic, kmsg.ACLOperationDescribe)
+// describeAllTopicPartitions asks about the topics that the subject may Describe by their names: a page of all topics
+// would be filled by hidden ones, and end at one.
+func (c *Ctx) describeAllTopicPartitions(req *kmsg.DescribeTopicPartitionsRequest) Verdict {
+	if req.Cursor != nil && req.Cursor.Partition < 0 {
+		return Verdict{Answer: Refuse(req, kerr.InvalidRequest, "")}
+	}
+	if !c.Renewed {
+		c.Stale = true // topics may have come or gone since the list was made
+		return Verdict{}
+	}
+	names, edition := c.topicNames()
+	if edition == 0 {
+		return Verdict{Close: "it is not known which topics there are, and an answer has no place for an error"}
+	}
+	forward := *req
+	forward.Topics, forward.Cursor = nil, nil
+	for _, name := range names {
+		if (req.Cursor == nil || name >= req.Cursor.Topic) &&
+			c.Visible(kmsg.ACLResourceTypeTopic, name, kmsg.ACLOperationDescribe) {
+			forward.Topics = append(forward.Topics, kmsg.DescribeTopicPartitionsRequestTopic{Topic: name})
 		}
+	}
+	if len(forward.Topics) == 0 {
+		return Verdict{Answer: Refuse(req, kerr.InvalidRequest, "")} // to a request of no topics, an answer of none
+	}
+	if req.Cursor != nil && forward.Topics[0].Topic == req.Cursor.Topic {
+		forward.Cursor = req.Cursor
+	}
+	return Verdict{Forward: &forward, Edit: edit(func(c *Ctx, resp *kmsg.DescribeTopicPartitionsResponse) {
 		resp.Topics = slices.DeleteFunc(resp.Topics, func(t kmsg.DescribeTopicPartitionsResponseTopic) bool {
-			return t.Topic == nil || !visible(*t.Topic)
+			return t.ErrorCode == kerr.UnknownTopicOrPartition.Code // gone since
 		})
 		c.limitPartitionsOperations(resp)
-		if next := resp.NextCursor; next != nil && !visible(next.Topic) {
-			next.Topic = sealTopic(next.Topic)
-		}
 	})}
-	if req.Cursor != nil && strings.HasPrefix(req.Cursor.Topic, sealPrefix) {
-		topic, ok := unsealTopic(req.Cursor.Topic)
-		if !ok {
-			return Verdict{Answer: Refuse(req, kerr.InvalidRequest, "")}
-		}
-		forward, cursor := *req, *req.Cursor
-		cursor.Topic = topic
-		forward.Cursor = &cursor
-		v.Forward = &forward
-	}
-	return v
 }
 
 func (c *Ctx) limitPartitionsOperations(resp *kmsg.DescribeTopicPartitionsResponse) {
 	for i := range resp.Topics {
 		c.limitTopicOperations(resp.Topics[i].Topic, &resp.Topics[i].AuthorizedOperations)
 	}
-}
-
-// sealPrefix cannot start a topic's name.
-const sealPrefix = "sealed:"
-
-// topicSeal has a key of this process: a cursor from before a restart is refused, and the client starts over.
-var topicSeal = newTopicSeal()
-
-func newTopicSeal() cipher.AEAD {
-	key := make([]byte, 32)
-	_, _ = rand.Read(key) // never fails: Go 1.24
-	block, err := aes.NewCipher(key)
-	if err != nil {
-		panic(err) // only for a wrong size of key
-	}
-	seal, err := cipher.NewGCMWithRandomNonce(block)
-	if err != nil {
-		panic(err) // only for a wrong block size
-	}
-	return seal
-}
-
-func sealTopic(topic string) string {
-	sealed := topicSeal.Seal(nil, nil, []byte(topic), nil) //nolint:gosec // G407: it takes a random nonce by itself
-	return sealPrefix + base64.RawURLEncoding.EncodeToString(sealed)
-}
-
-func unsealTopic(sealed string) (topic string, ok bool) {
-	raw, err := base64.RawURLEncoding.DecodeString(strings.TrimPrefix(sealed, sealPrefix))
-	if err != nil {
-		return "", false
-	}
-	plain, err := topicSeal.Open(nil, nil, raw, nil)
-	return string(plain), err == nil
 }

@@ -385,7 +385,7 @@ func refusedPartition(n int32, code int16) kmsg.FetchResponseTopicPartition {
 	p := kmsg.NewFetchResponseTopicPartition()
 	p.Partition, p.ErrorCode = n, code
 	p.HighWatermark, p.LastStableOffset, p.LogStartOffset = -1, -1, -1
-	p.RecordBatches = []byte{}
+	p.RecordBatches, p.AbortedTransactions = []byte{}, []kmsg.FetchResponseTopicPartitionAbortedTransaction{}
 	return p
 }
 

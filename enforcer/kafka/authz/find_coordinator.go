@@ -26,7 +26,8 @@ func findCoordinator(c *Ctx, req *kmsg.FindCoordinatorRequest) Verdict {
 	ours := make([]*kmsg.FindCoordinatorResponseCoordinator, len(req.CoordinatorKeys))
 	for i, key := range req.CoordinatorKeys {
 		if err := c.judgeCoordinator(req, key); err != nil {
-			if err == kerr.InvalidRequest || err == kerr.ClusterAuthorizationFailed { // of the request, whatever the key
+			ofAll := err == kerr.InvalidRequest && req.CoordinatorType != shareCoordinator
+			if ofAll || err == kerr.ClusterAuthorizationFailed {
 				return Verdict{Answer: Refuse(req, err, coordinatorErrors[err])}
 			}
 			ours[i] = &kmsg.FindCoordinatorResponseCoordinator{

@@ -1,6 +1,8 @@
 package authz
 
 import (
+	"slices"
+
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
@@ -42,6 +44,23 @@ func weave[R any](broker []R, ours []*R) []R {
 		}
 	}
 	return append(all, broker...)
+}
+
+// repeated tells which keys more than one entry has.
+func repeated[T any, K comparable](entries []T, key func(*T) K) map[K]bool {
+	times, all := make(map[K]int, len(entries)), map[K]bool{}
+	for i := range entries {
+		k := key(&entries[i])
+		if times[k]++; times[k] > 1 {
+			all[k] = true
+		}
+	}
+	return all
+}
+
+// once keeps the first entry of each key.
+func once[T any, K comparable](entries []T, key func(*T) K) []T {
+	return fold(slices.Clone(entries), key, func(_, _ *T) {})
 }
 
 // fold joins entries of one key into the first of them: a broker that collects its answer in a map has each key once.

@@ -8,7 +8,7 @@ import (
 )
 
 // metadata: Topic Describe. Topics the client did not name are left out of the answer; named ones are refused each with
-// the identifier the client used. Whatever is refused, brokers, cluster id and controller still come from the broker.
+// the identifier the client used, once. Whatever is refused, brokers, cluster id and controller still come from the broker.
 //
 // Auto-creation takes Create on the cluster or the topic. Whether a topic exists, only the broker knows: when one of
 // those named may not be created, the request goes out with auto-creation off for all. A topic that then proves
@@ -21,9 +21,9 @@ func metadata(c *Ctx, req *kmsg.MetadataRequest) Verdict {
 			c.limitMetadataOperations(resp)
 		})}
 	}
-	entries, same, valid := metadataTopics(req)
-	if !valid {
-		return Verdict{Answer: Refuse(req, kerr.InvalidRequest, "")}
+	entries, same, invalid := metadataTopics(req)
+	if invalid != nil {
+		return Verdict{Answer: refuseMetadata(req, invalid)}
 	}
 	kept, out := sift(entries, func(t *kmsg.MetadataRequestTopic) *kerr.Error {
 		if t.Topic == nil {
@@ -35,7 +35,12 @@ func metadata(c *Ctx, req *kmsg.MetadataRequest) Verdict {
 	forward.Topics = kept
 	var refused []kmsg.MetadataResponseTopic
 	for _, o := range out {
-		part.Topics = o.entries
+		part.Topics = once(o.entries, func(t *kmsg.MetadataRequestTopic) metadataName {
+			if t.Topic != nil {
+				return metadataName{name: *t.Topic}
+			}
+			return metadataName{id: t.TopicID}
+		})
 		refused = append(refused, as[*kmsg.MetadataResponse](Refuse(&part, o.err, "")).Topics...)
 	}
 
@@ -71,20 +76,30 @@ func allTopics(req *kmsg.MetadataRequest) bool {
 	return req.Topics == nil || req.Version == 0 && len(req.Topics) == 0
 }
 
+// metadataName tells the topics of a request apart.
+type metadataName struct {
+	name string
+	id   TopicID
+}
+
 // metadataTopics are the entries a broker looks at, and whether those are the request's: from version 12 on, when one
-// has an id, only ids count, and names beside them go out to nobody. An entry without name and id, or with an id below
-// version 12, is not valid.
-func metadataTopics(req *kmsg.MetadataRequest) (entries []kmsg.MetadataRequestTopic, same, valid bool) {
-	byID := false
+// has an id, only ids count, and names beside them go out to nobody. Below, an entry without a name or with an id is not
+// valid, and from there on one without both is what a broker trips over (UNKNOWN_SERVER_ERROR).
+func metadataTopics(req *kmsg.MetadataRequest) (entries []kmsg.MetadataRequestTopic, same bool, invalid *kerr.Error) {
+	byID, nameless := false, false
 	for _, t := range req.Topics {
 		hasID := t.TopicID != TopicID{}
-		if hasID && req.Version < 12 || t.Topic == nil && !hasID {
-			return nil, false, false
+		if req.Version < 12 && (hasID || t.Topic == nil) {
+			return nil, false, kerr.InvalidRequest
 		}
-		byID = byID || hasID
+		byID, nameless = byID || hasID, nameless || t.Topic == nil && !hasID
 	}
-	if !byID {
-		return req.Topics, true, true
+	switch {
+	case byID:
+	case nameless:
+		return nil, false, kerr.UnknownServerError
+	default:
+		return req.Topics, true, nil
 	}
 	same = true
 	for _, t := range req.Topics {
@@ -94,7 +109,18 @@ func metadataTopics(req *kmsg.MetadataRequest) (entries []kmsg.MetadataRequestTo
 			entries = append(entries, t)
 		}
 	}
-	return entries, same, true
+	return entries, same, nil
+}
+
+// refuseMetadata refuses a whole request. It has no null for a name.
+func refuseMetadata(req *kmsg.MetadataRequest, err *kerr.Error) kmsg.Response {
+	resp := as[*kmsg.MetadataResponse](Refuse(req, err, ""))
+	for i := range resp.Topics {
+		if resp.Topics[i].Topic == nil {
+			resp.Topics[i].Topic = new(string)
+		}
+	}
+	return resp
 }
 
 // noCreate are those of the named topics that the request would create, were they missing, without the right to.

@@ -2,6 +2,7 @@ package authz
 
 import (
 	"encoding/binary"
+	"slices"
 
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kmsg"
@@ -28,7 +29,9 @@ func produce(c *Ctx, req *kmsg.ProduceRequest) Verdict {
 	forward.Topics = kept
 	var refused []kmsg.ProduceResponseTopic
 	for _, o := range out {
-		part.Topics = o.entries
+		part.Topics = slices.DeleteFunc(o.entries, func(t kmsg.ProduceRequestTopic) bool {
+			return len(t.Partitions) == 0 // a broker answers by partition
+		})
 		refused = append(refused, as[*kmsg.ProduceResponse](Refuse(&part, o.err, "")).Topics...)
 	}
 	return partly(c, &forward, len(kept), func(_ *Ctx, resp *kmsg.ProduceResponse) {
