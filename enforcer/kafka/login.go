@@ -148,7 +148,11 @@ func (s *session) beforeLogin(e entry, frame []byte, req kmsg.Request, b *bindin
 		e.V.kind, s.offered = greeted, req.Mechanism
 		s.renewing.Store(true)
 	case *kmsg.SASLAuthenticateRequest:
-		if s.attempt == nil { // as a broker outside of an exchange, and one that does not want any
+		if s.attempt == nil && s.login.Load() == nil && s.conn.Login == nil {
+			e.V.kind = authenticated // no broker accepts it; one that wants a login closes, another says why
+			return false, nil
+		}
+		if s.attempt == nil { // as a broker outside of an exchange
 			const msg = "SaslAuthenticate request received after successful authentication"
 			return true, s.answer(e, frame, authz.Refuse(req, kerr.IllegalSaslState, msg), audit.Deny)
 		}
@@ -272,6 +276,12 @@ func (s *session) afterLogin(p *pending, frame []byte) ([]byte, error) {
 		}
 		s.attempt = &attempt{Exchange: sasl.Exchange{Mechanism: s.offered}}
 	case *kmsg.SASLAuthenticateResponse:
+		if s.attempt == nil {
+			if answer.ErrorCode == 0 {
+				return nil, refuse(audit.LoginRefused, "the broker accepts a login without a handshake")
+			}
+			return frame, nil
+		}
 		if answer.ErrorCode != 0 {
 			return frame, s.refused(p, frame, answer.ErrorCode)
 		}
