@@ -208,8 +208,8 @@ func (w *viewer) text(s string, null bool) any {
 	return s
 }
 
-// javaObject is how a broker words the refusal of an operation on the cluster: with the request as its Java object, with
-// addresses and buffers. klamm says Errors.CLUSTER_AUTHORIZATION_FAILED.message.
+// javaObject is how a broker words the refusal of an operation on the cluster: with the request as its Java object,
+// addresses and buffers included. klamm says Errors.CLUSTER_AUTHORIZATION_FAILED.message.
 var javaObject = regexp.MustCompile(`^Request Request\(.*\) (needs \w+ permission|is not authorized)\.$`)
 
 // difference is where two answers differ.
