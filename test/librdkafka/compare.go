@@ -146,7 +146,8 @@ func report(results []result, setting string, out io.Writer) (c count, err error
 		}
 	}
 	if len(left) > 0 {
-		row(setting, "left out by the suite's own flags, as they need no broker or have a known issue: "+strings.Join(left, " "))
+		row(setting, "left out by the suite's own flags: they need no broker, or have a known issue: "+
+			strings.Join(left, " "))
 	}
 	return c, errors.Join(err, table.Flush())
 }

@@ -54,8 +54,9 @@ func (s *suite) stage(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	client := filepath.Join(s.kafkaPath, "libs", "kafka-clients-"+kafka.ToolsVersion+".jar")
 	compile := exec.CommandContext(ctx, "java", append([]string{"--module", "jdk.compiler/com.sun.tools.javac.Main",
-		"-nowarn", "-classpath", filepath.Join(s.kafkaPath, "libs", "kafka-clients-"+kafka.ToolsVersion+".jar")}, sources...)...)
+		"-nowarn", "-classpath", client}, sources...)...)
 	if out, err := compile.CombinedOutput(); err != nil {
 		return fmt.Errorf("compile the Java programs of the tests: %w\n%s", err, out)
 	}

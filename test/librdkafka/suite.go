@@ -116,8 +116,9 @@ func (s *suite) start(ctx context.Context, number, name string, by path) (dir st
 	}
 	limited, cancel := context.WithTimeout(ctx, processLimit)
 	defer cancel()
-	defer context.AfterFunc(limited, func() { _ = kafka.Kill(test) })()
+	ended := context.AfterFunc(limited, func() { _ = kafka.Kill(test) })
 	err = test.Wait()
+	ended()
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) || ctx.Err() != nil {
 		return "", false, errors.Join(ctx.Err(), err)
