@@ -506,14 +506,16 @@ func TestResolveSaysWhyItCannot(t *testing.T) {
 		}
 		<-c.turn
 	})
-	t.Run("the broker cannot answer by id", func(t *testing.T) {
-		old := kversion.V2_6_0()
-		k := fake(t, kfake.NumBrokers(1), kfake.MaxVersions(old))
-		c := open(t, ClusterConfig{Bootstrap: k.ListenAddrs()}, ClusterOptions{})
-		if err := c.Resolve(t.Context(), [][16]byte{{1}}); err == nil || !strings.Contains(err.Error(), "needs 12") {
-			t.Error(err)
-		}
-	})
+	for _, old := range []*kversion.Versions{kversion.V2_6_0(), kversion.V2_8_0(), kversion.V3_0_0()} {
+		t.Run("the broker cannot answer by id, as of "+old.VersionGuess(), func(t *testing.T) {
+			k := fake(t, kfake.NumBrokers(1), kfake.MaxVersions(old))
+			c := open(t, ClusterConfig{Bootstrap: k.ListenAddrs()}, ClusterOptions{})
+			reached(t, c) // all else works
+			if err := c.Resolve(t.Context(), [][16]byte{{1}}); err == nil || !strings.Contains(err.Error(), "needs 12") {
+				t.Error(err)
+			}
+		})
+	}
 	t.Run("the node's own client may not see the topic", func(t *testing.T) {
 		k := fake(t, kfake.NumBrokers(1))
 		c := open(t, ClusterConfig{Bootstrap: k.ListenAddrs()}, ClusterOptions{})
