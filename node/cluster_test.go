@@ -547,17 +547,34 @@ func TestPassingMetadataTeachesTopicIDsForGood(t *testing.T) {
 	unnamed.Topics[0].Topic = nil
 	ids.learn(unnamed)
 	ids.learn(answer([16]byte{}, "old"))
-	if n := len(*ids.names.Load()); n != 1 {
+	if n := len(ids.names.Load().names); n != 1 {
 		t.Errorf("%d ids are known, want 1", n)
+	}
+}
+
+func TestATopicMadeAnewHasItsNewIDAlone(t *testing.T) {
+	ids := newTopics(patient, zerolog.Nop())
+	one, two := [16]byte{1}, [16]byte{2}
+	ids.learn(answer(one, "orders"))
+	ids.learn(answer([16]byte{3}, "logs"))
+	ids.learn(answer(two, "orders"))
+	if name, known := ids.Name(one); known {
+		t.Errorf("the id of the deleted topic is still %s", name)
+	}
+	if id, _ := ids.ID("orders"); id != two {
+		t.Errorf("orders has id %x", id)
+	}
+	if name, _ := ids.Name([16]byte{3}); name != "logs" {
+		t.Errorf("logs is %q", name)
 	}
 }
 
 func TestKnownTopicIDsAreBounded(t *testing.T) {
 	ids := newTopics(patient, zerolog.Nop())
-	name := "t"
 	for part := range 3 {
 		m := kmsg.NewPtrMetadataResponse()
 		for i := range maxTopics / 2 {
+			name := fmt.Sprint("t", part, i)
 			m.Topics = append(m.Topics, kmsg.MetadataResponseTopic{Topic: &name,
 				TopicID: [16]byte{byte(part + 1), byte(i), byte(i >> 8), byte(i >> 16)}})
 		}
@@ -566,7 +583,7 @@ func TestKnownTopicIDsAreBounded(t *testing.T) {
 			t.Error("what was learned last is not known")
 		}
 	}
-	if n := len(*ids.names.Load()); n != maxTopics/2 {
+	if n := len(ids.names.Load().names); n != maxTopics/2 {
 		t.Errorf("%d ids are kept", n)
 	}
 }

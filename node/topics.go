@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -30,7 +29,7 @@ const (
 
 // topics knows the topic ids of one cluster (KIP-516).
 type topics struct {
-	names atomic.Pointer[map[[16]byte]string] // never written to once it is here
+	names atomic.Pointer[topicIDs]
 	pace  pace
 	log   zerolog.Logger
 
@@ -39,6 +38,12 @@ type topics struct {
 	next    *lookup                // collects ids while another look-up runs
 	turn    chan struct{}          // held by the look-up that runs
 	last    time.Time              // when one last began
+}
+
+// topicIDs is not written to once others see it.
+type topicIDs struct {
+	names map[[16]byte]string
+	ids   map[string][16]byte // the youngest of each name
 }
 
 // lookup is one Metadata request for the ids that several connections miss.
@@ -50,17 +55,24 @@ type lookup struct {
 
 func newTopics(p pace, log zerolog.Logger) *topics {
 	t := &topics{pace: p, log: log, unknown: map[[16]byte]time.Time{}, turn: make(chan struct{}, 1)}
-	t.names.Store(&map[[16]byte]string{})
+	t.names.Store(&topicIDs{})
 	return t
 }
 
 // Name is the name of a topic id, from memory. It neither blocks nor allocates.
 func (t *topics) Name(id [16]byte) (name string, known bool) {
-	name, known = (*t.names.Load())[id]
+	name, known = t.names.Load().names[id]
 	return name, known
 }
 
-// learn takes up the ids of an answer. An id keeps the name it has: Kafka never gives it to another topic.
+// ID is the id of a topic, from memory. Of one that was deleted and made anew it may be the former id.
+func (t *topics) ID(name string) (id [16]byte, known bool) {
+	id, known = t.names.Load().ids[name]
+	return id, known
+}
+
+// learn takes up the ids of an answer. An id keeps the name it has: Kafka never gives it to another topic. A name with
+// a new id is another topic, and the former id is no topic's any more.
 func (t *topics) learn(m *kmsg.MetadataResponse) {
 	fresh := map[[16]byte]string{}
 	for i := range m.Topics {
@@ -81,14 +93,32 @@ func (t *topics) learn(m *kmsg.MetadataResponse) {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	old := *t.names.Load()
-	if len(old)+len(fresh) <= maxTopics {
-		maps.Copy(fresh, old) // old last: it wins over what another learner has put in since
-	}
 	for id := range fresh {
 		delete(t.unknown, id)
 	}
-	t.names.Store(&fresh)
+	t.names.Store(t.names.Load().with(fresh))
+}
+
+// with is what is known besides fresh ids. What another learner has put in since stays.
+func (known *topicIDs) with(fresh map[[16]byte]string) *topicIDs {
+	next := &topicIDs{names: make(map[[16]byte]string), ids: make(map[string][16]byte)}
+	for id, name := range fresh {
+		next.names[id], next.ids[name] = name, id
+	}
+	if len(known.names)+len(fresh) > maxTopics {
+		return next
+	}
+	for id, name := range known.names {
+		if _, again := next.ids[name]; !again || next.names[id] != "" {
+			next.names[id] = name
+		}
+	}
+	for name, id := range known.ids {
+		if _, again := next.ids[name]; !again {
+			next.ids[name] = id
+		}
+	}
+	return next
 }
 
 // resolve looks ids up in the cluster. Those it does not have stay unknown, and are not asked for again for a while.

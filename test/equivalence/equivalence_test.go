@@ -75,6 +75,8 @@ var mutation = right{topic, "secret", kmsg.ACLOperationDescribe}
 
 type ids map[authz.TopicID]string
 
+func (m ids) ID(string) (authz.TopicID, bool) { return authz.TopicID{}, false }
+
 func (m ids) Name(id authz.TopicID) (string, bool) { name, ok := m[id]; return name, ok }
 
 func (m ids) of(name string) (id authz.TopicID) {

@@ -19,6 +19,8 @@ type TopicID = [16]byte
 // Topics knows topic ids of one cluster. Name answers from memory and never blocks.
 type Topics interface {
 	Name(id TopicID) (name string, known bool)
+	// ID is the other way round. It is up to date once the list of topics was renewed.
+	ID(name string) (id TopicID, known bool)
 }
 
 // Check is one decision taken for a request, for the audit.

@@ -317,6 +317,15 @@ func (s *scenario) groups(t testing.TB) *groups {
 
 type topicMap map[TopicID]string
 
+func (m topicMap) ID(name string) (TopicID, bool) {
+	for id, n := range m {
+		if n == name {
+			return id, true
+		}
+	}
+	return TopicID{}, false
+}
+
 func (m topicMap) Name(id TopicID) (string, bool) {
 	name, known := m[id]
 	return name, known
