@@ -245,12 +245,17 @@ func TestOnlySASLAuthenticateIsLegalWithinAnExchange(t *testing.T) {
 	}
 }
 
-// Who sends SaslAuthenticate without a handshake hears what a broker says then, and the broker does not see it.
-func TestAPasswordOutsideOfAnExchangeGoesNowhere(t *testing.T) {
+// Who sends SaslAuthenticate without a handshake hears what the broker says then: one that wants a login closes.
+func TestATokenOutsideOfAnExchangeIsTheBrokersToRefuse(t *testing.T) {
 	rig := newRig(t, anybody)
 	client, broker, ended := rig.serveScripted(t)
-	resp := client.ask(1, authenticateRequest("\x00alice\x00wonder")).(*kmsg.SASLAuthenticateResponse)
-	if resp.ErrorCode != kerr.IllegalSaslState.Code {
+	req := authenticateRequest("\x00alice\x00wonder")
+	client.write(requestFrame(1, req))
+	h, got := broker.request()
+	refused := got.ResponseKind().(*kmsg.SASLAuthenticateResponse)
+	refused.ErrorCode = kerr.IllegalSaslState.Code // a PLAINTEXT listener
+	broker.answer(h, refused)
+	if resp := client.response(1, req).(*kmsg.SASLAuthenticateResponse); resp.ErrorCode != kerr.IllegalSaslState.Code {
 		t.Errorf("the code is %d", resp.ErrorCode)
 	}
 	if err := wroteAs(t, client, broker, true); err != nil {
@@ -259,6 +264,18 @@ func TestAPasswordOutsideOfAnExchangeGoesNowhere(t *testing.T) {
 	client.closeWrite()
 	broker.closeWrite()
 	logEnd(t, ended)
+}
+
+func TestALoginThatABrokerAcceptsOutsideOfAnExchangeEndsTheConnection(t *testing.T) {
+	rig := newRig(t, anybody)
+	client, broker, ended := rig.serveScripted(t)
+	client.write(requestFrame(1, authenticateRequest("\x00alice\x00wonder")))
+	h, got := broker.request()
+	broker.answer(h, got.ResponseKind())
+	if n := client.drain(); n != 0 {
+		t.Errorf("the client got %d bytes", n)
+	}
+	rig.wantRefusal(t, ended, audit.LoginRefused)
 }
 
 func TestAHandshakeThatTheBrokerRefusesOpensNoExchange(t *testing.T) {
@@ -698,7 +715,7 @@ func TestNoSecretStaysInMemoryOfOurs(t *testing.T) {
 		"a token":                  {"OAUTHBEARER", bearerMessage(secret), true, 0},
 		"a malformed message":      {"PLAIN", "alice\x00" + secret, false, 0},
 		"a login that may not be":  {"PLAIN", "\x00bob\x00" + secret, false, 0},
-		"outside of an exchange":   {"", "\x00alice\x00" + secret, false, 0},
+		"outside of an exchange":   {"", "\x00alice\x00" + secret, true, 0},
 		"a client that dies of it": {"PLAIN", "\x00alice\x00" + secret, false, 2},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -15,7 +15,7 @@ import (
 )
 
 // answerTimeout is longer than any request of the scenarios may take.
-const answerTimeout = 20 * time.Second
+const answerTimeout = 10 * time.Second
 
 // outcome is what became of a request: an answer, or why there is none.
 type outcome struct {
