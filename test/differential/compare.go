@@ -16,7 +16,6 @@ import (
 // whether there is one.
 var volatile = map[string]string{
 	"*.ThrottleMillis":                       "how busy the broker is",
-	"CreateTopics.Topics.TopicID":            "chosen at random",
 	"ApiVersions.FinalizedFeaturesEpoch":     "how far the metadata log is",
 	"Fetch.SessionID":                        "chosen at random",
 	"JoinGroup.MemberID":                     "chosen at random",

@@ -63,6 +63,13 @@ func (s *side) exchange(user, connection string, anonymous bool, req kmsg.Reques
 	if err != nil || o.answer == nil && o.ended != unanswered {
 		s.drop(user, connection)
 	}
+	if created, is := o.answer.(*kmsg.CreateTopicsResponse); is {
+		for _, t := range created.Topics {
+			if (t.TopicID != [16]byte{}) {
+				s.ids[t.TopicID] = t.Topic
+			}
+		}
+	}
 	return o, err
 }
 
