@@ -57,6 +57,7 @@ var unordered = map[string]string{
 	"AlterReplicaLogDirs.Topics":                           "the broker's",
 	"AlterReplicaLogDirs.Topics.Partitions":                "the broker's",
 	"AlterUserSCRAMCredentials.Results":                    "the controller's",
+	"ConsumerGroupHeartbeat.Assignment.Topics":             "a map by topic id",
 	"CreatePartitions.Topics":                              "a set of names",
 	"CreateTopics.Topics":                                  "a set of names",
 	"DeleteRecords.Topics":                                 "the broker's",

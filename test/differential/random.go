@@ -17,6 +17,17 @@ import (
 	"klamm/test/message"
 )
 
+// enumerations are types of which a broker reads no other values: it closes the connection, whoever asks.
+var enumerations = map[reflect.Type][]int64{
+	reflect.TypeFor[kmsg.ACLResourceType]():          {2, 3, 4, 5},
+	reflect.TypeFor[kmsg.ACLResourcePatternType]():   {3, 4},
+	reflect.TypeFor[kmsg.ACLPermissionType]():        {2, 3},
+	reflect.TypeFor[kmsg.ACLOperation]():             {3, 4, 8},
+	reflect.TypeFor[kmsg.ConfigResourceType]():       {2, 4, 8},
+	reflect.TypeFor[kmsg.IncrementalAlterConfigOp](): {0, 1, 2, 3},
+	reflect.TypeFor[kmsg.QuotasMatchType]():          {0, 1, 2},
+}
+
 // perSeed is how many random requests of each API a seed gives.
 const perSeed = 12
 
@@ -84,6 +95,9 @@ func tame(req kmsg.Request) {
 	if f := v.FieldByName("ValidateOnly"); f.IsValid() {
 		f.SetBool(true)
 	}
+	if f, is := req.(*kmsg.FetchRequest); is {
+		f.ReplicaState = kmsg.NewFetchRequestReplicaState() // kmsg writes it at versions that do not have it
+	}
 	for _, name := range []string{"MaxWaitMillis", "RebalanceTimeoutMillis"} {
 		if f := v.FieldByName(name); f.IsValid() {
 			f.SetInt(5)
@@ -131,6 +145,10 @@ func (m *maker) fill(v reflect.Value, field string) {
 	if v.CanInt() && v.Int() == -1 && m.IntN(4) > 0 {
 		return
 	}
+	if values, is := enumerations[v.Type()]; is {
+		v.SetInt(values[m.IntN(len(values))])
+		return
+	}
 	switch kind := v.Kind(); {
 	case v.Type() == reflect.TypeFor[kmsg.Tags]():
 	case kind == reflect.Struct:
@@ -154,6 +172,8 @@ func (m *maker) fill(v reflect.Value, field string) {
 	case kind == reflect.String:
 		names := m.names(field)
 		v.SetString(names[m.IntN(len(names))])
+	case field == "IsolationLevel":
+		v.SetInt(m.Int64N(2))
 	case kind == reflect.Bool:
 		v.SetBool(m.IntN(2) > 0)
 	case v.CanInt():

@@ -65,7 +65,7 @@ func (s *side) exchange(user, connection string, anonymous bool, req kmsg.Reques
 	}
 	if created, is := o.answer.(*kmsg.CreateTopicsResponse); is {
 		for _, t := range created.Topics {
-			if (t.TopicID != [16]byte{}) {
+			if t.TopicID != [16]byte{} {
 				s.ids[t.TopicID] = t.Topic
 			}
 		}

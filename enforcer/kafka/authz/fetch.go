@@ -94,6 +94,9 @@ func fetchError(req *kmsg.FetchRequest, err *kerr.Error) Verdict {
 func fetchRefuseAll(req *kmsg.FetchRequest) Verdict {
 	resp := req.ResponseKind().(*kmsg.FetchResponse)
 	for i := range req.Topics {
+		if len(req.Topics[i].Partitions) == 0 {
+			continue // a broker answers by partition
+		}
 		t := kmsg.NewFetchResponseTopic()
 		t.Topic, t.TopicID = req.Topics[i].Topic, req.Topics[i].TopicID
 		for _, p := range req.Topics[i].Partitions {

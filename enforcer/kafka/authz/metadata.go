@@ -35,12 +35,7 @@ func metadata(c *Ctx, req *kmsg.MetadataRequest) Verdict {
 	forward.Topics = kept
 	var refused []kmsg.MetadataResponseTopic
 	for _, o := range out {
-		part.Topics = once(o.entries, func(t *kmsg.MetadataRequestTopic) metadataName {
-			if t.Topic != nil {
-				return metadataName{name: *t.Topic}
-			}
-			return metadataName{id: t.TopicID}
-		})
+		part.Topics = once(o.entries, nameOf)
 		refused = append(refused, as[*kmsg.MetadataResponse](Refuse(&part, o.err, "")).Topics...)
 	}
 
@@ -80,6 +75,13 @@ func allTopics(req *kmsg.MetadataRequest) bool {
 type metadataName struct {
 	name string
 	id   TopicID
+}
+
+func nameOf(t *kmsg.MetadataRequestTopic) metadataName {
+	if t.Topic != nil {
+		return metadataName{name: *t.Topic}
+	}
+	return metadataName{id: t.TopicID}
 }
 
 // metadataTopics are the entries a broker looks at, and whether those are the request's: from version 12 on, when one
@@ -153,7 +155,7 @@ func (c *Ctx) refuseMissing(resp *kmsg.MetadataResponse, noCreate []string) {
 // keepNamed cuts an answer about all topics down to the named ones. Those not in it do not exist.
 func keepNamed(resp *kmsg.MetadataResponse, named []kmsg.MetadataRequestTopic) {
 	var topics []kmsg.MetadataResponseTopic
-	for _, n := range named {
+	for _, n := range once(named, nameOf) {
 		at := slices.IndexFunc(resp.Topics, func(t kmsg.MetadataResponseTopic) bool {
 			return t.Topic != nil && *t.Topic == *n.Topic
 		})

@@ -1,6 +1,8 @@
 package authz
 
 import (
+	"slices"
+
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
@@ -28,6 +30,7 @@ func writeTxnMarkers(c *Ctx, req *kmsg.WriteTxnMarkersRequest) Verdict {
 			m.Topics[j].Partitions = fold(m.Topics[j].Partitions, func(p *partition) int32 { return p.Partition },
 				func(_, _ *partition) {})
 		}
+		m.Topics = slices.DeleteFunc(m.Topics, func(t topic) bool { return len(t.Partitions) == 0 })
 	}
 	return Verdict{Answer: answer}
 }
