@@ -157,10 +157,11 @@ func prefixed(prefix string, all []string) (out []string) {
 const documentHead = `# Kafka compatibility
 
 A client cannot tell whether a broker with ACLs refused it or klamm did. This page is made by
-` + "`go run ./test/differential -doc`" + ` from the version table and the last whole run of ` + "`make verify-fidelity`" + `.
+` + "`go run ./test/differential -doc`" + ` from the version table and the last whole run of
+` + "`make verify-fidelity`" + `.
 
-That run asks two clusters the same requests: one with StandardAuthorizer and ACLs (ALLOW and DENY; literal, prefixed and
-wildcard names; bound to hosts) directly, and one without an authorizer through a node whose policy
+That run asks two clusters the same requests: one with StandardAuthorizer and ACLs (ALLOW and DENY; literal, prefixed
+and wildcard names; bound to hosts) directly, and one without an authorizer through a node whose policy
 ` + "`klamm policy import-acls`" + ` made from the same ACLs. Their answers are compared field by field, on Kafka %s: %d
 plays of scenarios and random requests, all alike.
 
@@ -193,8 +194,8 @@ Never an error code, the level at which it stands, or the name or id of what it 
 const documentMasked = `
 ## What the comparison does not look at
 
-Of these fields only the sign of a number is compared, and of others whether there is a value: two brokers differ in them
-too.
+Of these fields only the sign of a number is compared, and of others whether there is a value: two brokers differ in
+them too.
 
 | field | why |
 | --- | --- |

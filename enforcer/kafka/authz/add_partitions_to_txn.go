@@ -34,7 +34,8 @@ func addPartitionsToTxn(c *Ctx, req *kmsg.AddPartitionsToTxnRequest) Verdict {
 	forward, part := *req, *req
 	part.Topics = eachPartition(out[0].entries)
 	refused := as[*kmsg.AddPartitionsToTxnResponse](Refuse(&part, out[0].err, "")).Topics
-	forward.Topics = append(eachPartition(kept), kmsg.AddPartitionsToTxnRequestTopic{Topic: noTopic, Partitions: []int32{0}})
+	forward.Topics = append(eachPartition(kept),
+		kmsg.AddPartitionsToTxnRequestTopic{Topic: noTopic, Partitions: []int32{0}})
 	return partly(c, &forward, len(kept), func(_ *Ctx, resp *kmsg.AddPartitionsToTxnResponse) {
 		resp.Topics = slices.DeleteFunc(resp.Topics, func(t kmsg.AddPartitionsToTxnResponseTopic) bool {
 			return t.Topic == noTopic

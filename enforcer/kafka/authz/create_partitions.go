@@ -13,7 +13,7 @@ func createPartitions(c *Ctx, req *kmsg.CreatePartitionsRequest) Verdict {
 	twice := repeated(req.Topics, name)
 	kept, out := sift(req.Topics, func(t *kmsg.CreatePartitionsRequestTopic) *kerr.Error {
 		if twice[t.Topic] {
-			return topicTwice
+			return errTopicTwice
 		}
 		return c.judgeTopic(false, t.Topic, TopicID{}, kmsg.ACLOperationAlter)
 	})
@@ -25,7 +25,7 @@ func createPartitions(c *Ctx, req *kmsg.CreatePartitionsRequest) Verdict {
 	var refused []kmsg.CreatePartitionsResponseTopic
 	for _, o := range out {
 		msg := ""
-		if o.err == topicTwice {
+		if o.err == errTopicTwice {
 			msg = o.err.Description
 		}
 		part.Topics = once(o.entries, name)

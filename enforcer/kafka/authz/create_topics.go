@@ -10,22 +10,23 @@ const clusterMetadata = "__cluster_metadata"
 
 // What a broker refuses before it asks whether the client may.
 var (
-	topicTwice    = &kerr.Error{Code: kerr.InvalidRequest.Code, Description: "Duplicate topic name."}
-	topicReserved = &kerr.Error{Code: kerr.InvalidRequest.Code,
+	errTopicTwice    = &kerr.Error{Code: kerr.InvalidRequest.Code, Description: "Duplicate topic name."}
+	errTopicReserved = &kerr.Error{Code: kerr.InvalidRequest.Code,
 		Description: "Creation of internal topic " + clusterMetadata + " is prohibited."}
 )
 
-// createTopics: Create on the cluster or the topic. A name that comes twice is not asked about, and answered once. Without Topic DescribeConfigs the answer (v5+) tells neither the
-// configuration nor the partition count of what was created.
+// createTopics: Create on the cluster or the topic. A name that comes twice is not asked about, and answered once.
+// Without Topic DescribeConfigs the answer (v5+) tells neither the configuration nor the partition count of what was
+// created.
 func createTopics(c *Ctx, req *kmsg.CreateTopicsRequest) Verdict {
 	name := func(t *kmsg.CreateTopicsRequestTopic) string { return t.Topic }
 	twice := repeated(req.Topics, name)
 	kept, out := sift(req.Topics, func(t *kmsg.CreateTopicsRequestTopic) *kerr.Error {
 		switch {
 		case twice[t.Topic]:
-			return topicTwice
+			return errTopicTwice
 		case t.Topic == clusterMetadata:
-			return topicReserved
+			return errTopicReserved
 		case !c.allowTopicOrCluster(t.Topic, kmsg.ACLOperationCreate):
 			return kerr.TopicAuthorizationFailed
 		}

@@ -9,9 +9,10 @@ import (
 
 // What a broker refuses before it asks whether the client may.
 var (
-	idTwice     = &kerr.Error{Code: kerr.InvalidRequest.Code, Description: "Duplicate topic id."}
-	nameAndID   = &kerr.Error{Code: kerr.InvalidRequest.Code, Description: "You may not specify both topic name and topic id."}
-	noNameAndID = &kerr.Error{Code: kerr.InvalidRequest.Code, Description: "Neither topic name nor id were specified."}
+	errIDTwice   = &kerr.Error{Code: kerr.InvalidRequest.Code, Description: "Duplicate topic id."}
+	errNameAndID = &kerr.Error{Code: kerr.InvalidRequest.Code,
+		Description: "You may not specify both topic name and topic id."}
+	errNoNameAndID = &kerr.Error{Code: kerr.InvalidRequest.Code, Description: "Neither topic name nor id were specified."}
 )
 
 // deleteTopics: Delete on the cluster or the topic. Versions 1 to 5 name topics, from 6 on each entry has a name or an
@@ -32,7 +33,9 @@ func deleteTopics(c *Ctx, req *kmsg.DeleteTopicsRequest) Verdict {
 		}
 		return metadataName{id: t.TopicID}
 	}
-	named := slices.DeleteFunc(slices.Clone(all), func(t entry) bool { return (t.Topic == nil) == (t.TopicID == TopicID{}) })
+	named := slices.DeleteFunc(slices.Clone(all), func(t entry) bool {
+		return (t.Topic == nil) == (t.TopicID == TopicID{}) // it has both, or none
+	})
 	twice := repeated(named, key)
 	forward := *req
 	forward.Topics, forward.TopicNames = make([]entry, 0, len(all)), make([]string, 0, len(all))
@@ -66,9 +69,9 @@ func deleteTopics(c *Ctx, req *kmsg.DeleteTopicsRequest) Verdict {
 
 func duplicateOf(t *kmsg.DeleteTopicsRequestTopic) *kerr.Error {
 	if t.Topic != nil {
-		return topicTwice
+		return errTopicTwice
 	}
-	return idTwice
+	return errIDTwice
 }
 
 func refuseDelete(
@@ -96,9 +99,9 @@ func (c *Ctx) deleteTopic(t *kmsg.DeleteTopicsRequestTopic) *kmsg.DeleteTopicsRe
 	}
 	switch byID := t.TopicID != (TopicID{}); {
 	case t.Topic == nil && !byID:
-		return refuse(nil, noNameAndID)
+		return refuse(nil, errNoNameAndID)
 	case t.Topic != nil && byID:
-		return refuse(t.Topic, nameAndID)
+		return refuse(t.Topic, errNameAndID)
 	case byID:
 		name, known := c.Topic(t.TopicID)
 		switch {

@@ -8,7 +8,8 @@ import (
 )
 
 // metadata: Topic Describe. Topics the client did not name are left out of the answer; named ones are refused each with
-// the identifier the client used, once. Whatever is refused, brokers, cluster id and controller still come from the broker.
+// the identifier the client used, once. Whatever is refused, brokers, cluster id and controller still come from the
+// broker.
 //
 // Auto-creation takes Create on the cluster or the topic. Whether a topic exists, only the broker knows: when one of
 // those named may not be created, the request goes out with auto-creation off for all. A topic that then proves
@@ -85,8 +86,8 @@ func nameOf(t *kmsg.MetadataRequestTopic) metadataName {
 }
 
 // metadataTopics are the entries a broker looks at, and whether those are the request's: from version 12 on, when one
-// has an id, only ids count, and names beside them go out to nobody. Below, an entry without a name or with an id is not
-// valid, and from there on one without both is what a broker trips over (UNKNOWN_SERVER_ERROR).
+// has an id, only ids count, and names beside them go out to nobody. Below, an entry without a name or with an id is
+// not valid, and from there on one without both is what a broker trips over (UNKNOWN_SERVER_ERROR).
 func metadataTopics(req *kmsg.MetadataRequest) (entries []kmsg.MetadataRequestTopic, same bool, invalid *kerr.Error) {
 	byID, nameless := false, false
 	for _, t := range req.Topics {
