@@ -11,7 +11,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 setup := scripts/setup
 objects := $(wildcard bpf/*_bpfel*)
 
-.PHONY: help build generate test lint demo verify-clients verify-fidelity verify-kgo verify-librdkafka verify-interception verify-kernels verify-k8s verify-identity bench clean
+.PHONY: help build generate test lint demo verify-clients verify-fidelity verify-kgo verify-librdkafka verify-interception verify-kernels verify-k8s verify-identity fuzz bench clean
 
 help: ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 22
@@ -72,6 +72,10 @@ verify-identity: build ## who is who: real SPIRE, OIDC issuer, Kubernetes node a
 verify-kernels: ## other kernels booted in virtual machines, and the systemd unit in one of them; needs root
 	$(setup) go qemu kernels systemd-guest
 	go run ./test/kernels
+
+fuzz: ## every fuzz target for FUZZTIME (30s); FUZZ chooses some by a regular expression
+	$(setup) go gcc
+	go run ./test/fuzz
 
 bench: build ## direct, bare relay, hashing relay and klamm, interleaved; needs root
 	go run ./bench

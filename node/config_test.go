@@ -15,6 +15,7 @@ import (
 	"klamm/enforcer/policy/strict"
 	"klamm/node/upstream"
 	"klamm/spiffe"
+	"klamm/test/bounds"
 )
 
 func load(t testing.TB, text string) (Config, error) {
@@ -350,7 +351,8 @@ func FuzzConfig(f *testing.F) {
 	f.Add("clusters: [{name: a, bootstrap: ['b:1']}]\nidentities: [{}]\nintercept: {exempt: [{}]}")
 	f.Fuzz(func(t *testing.T, text string) {
 		c := new(Config)
-		err := strict.Decode("f", []byte(text), c)
+		var err error
+		bounds.Check(t, len(text), 1<<15, func() { err = strict.Decode("f", []byte(text), c) })
 		if err != nil {
 			return
 		}

@@ -3,6 +3,8 @@ package node
 import (
 	"errors"
 	"testing"
+
+	"klamm/test/bounds"
 )
 
 func TestKafkasRulesMapSubjects(t *testing.T) {
@@ -41,7 +43,9 @@ func FuzzMapping(f *testing.F) {
 	f.Add("RULE:^CN=([^,]+),O=SPIRE,C=US$/$1/L,DEFAULT", unnamed)
 	f.Add(`RULE:a\/b/$0/, RULE:(x)(y)/$2$1/U`, "xy")
 	f.Fuzz(func(t *testing.T, rules, subject string) {
-		m, err := parseMapping(rules)
+		var m mapping
+		var err error
+		bounds.Check(t, len(rules), 1<<14, func() { m, err = parseMapping(rules) })
 		if err != nil {
 			return
 		}

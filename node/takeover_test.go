@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"klamm/bpf"
+	"klamm/test/bounds"
 )
 
 // brokerPort is a broker's in the namespaces of these tests.
@@ -680,9 +681,11 @@ func FuzzSockDiagAnswers(f *testing.F) {
 	storages.AddRtAttr(diagStorage, nil).AddRtAttr(diagStorageValue, []byte{bpf.StampOwn})
 	f.Add(slices.Concat(m, storages.Serialize()))
 	f.Fuzz(func(t *testing.T, m []byte) {
-		if s, ok, err := parseSocket(m); ok && (err != nil || s.local.Addr().Is4In6()) {
-			t.Errorf("%+v, %v", s, err)
-		}
+		bounds.Check(t, len(m), 256, func() {
+			if s, ok, err := parseSocket(m); ok && (err != nil || s.local.Addr().Is4In6()) {
+				t.Errorf("%+v, %v", s, err)
+			}
+		})
 	})
 }
 

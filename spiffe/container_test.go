@@ -12,6 +12,8 @@ import (
 	"testing"
 
 	"github.com/moby/sys/mountinfo"
+
+	"klamm/test/bounds"
 )
 
 const (
@@ -108,7 +110,9 @@ func FuzzContainerOf(f *testing.F) {
 		f.Add(written.Replace(cgroup), written.Replace("/kubepods/podSTATIC/ID2"))
 	}
 	f.Fuzz(func(t *testing.T, cgroup, below string) {
-		c, ok := containerOf(cgroup)
+		var c container
+		var ok bool
+		bounds.Check(t, len(cgroup), 256, func() { c, ok = containerOf(cgroup) })
 		if !ok {
 			return
 		}

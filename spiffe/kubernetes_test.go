@@ -20,6 +20,8 @@ import (
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+
+	"klamm/test/bounds"
 )
 
 const (
@@ -496,7 +498,9 @@ func FuzzParseReview(f *testing.F) {
 	f.Add([]byte(`{"kind":"TokenReview","status":{"authenticated":true,"audiences":["a"],"user":{"extra":{"a":["b"]}}}}`))
 	f.Add([]byte(`{"kind":"Status"}`))
 	f.Fuzz(func(t *testing.T, answer []byte) {
-		status, err := parseReview(answer)
+		var status reviewStatus
+		var err error
+		bounds.Check(t, len(answer), 1<<10, func() { status, err = parseReview(answer) })
 		if err != nil && status.Authenticated {
 			t.Errorf("authenticated, with %v", err)
 		}

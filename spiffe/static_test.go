@@ -16,6 +16,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"klamm/test/bounds"
 )
 
 // procTasks tells facts of real processes from /proc, in place of the BPF program. It has no exec id to read: the
@@ -642,7 +644,9 @@ func FuzzCgroup2Path(f *testing.F) {
 	f.Add("12:pids:/x\n0::/system.slice/a.service\n")
 	f.Add("0::/../x\n")
 	f.Fuzz(func(t *testing.T, text string) {
-		p, err := cgroup2Path(text)
+		var p string
+		var err error
+		bounds.Check(t, len(text), 16, func() { p, err = cgroup2Path(text) })
 		if err != nil {
 			return
 		}

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"klamm/test/bounds"
 	"klamm/test/ca"
 )
 
@@ -170,7 +171,11 @@ func FuzzChoose(f *testing.F) {
 	f.Add(good.chain, good.key, good.bundle, "kafka")
 	f.Add(append(slices.Clone(good.chain), root.Certificate.Raw...), good.key, []byte(nil), "")
 	f.Fuzz(func(t *testing.T, chain, key, bundle []byte, hint string) {
-		svid, err := s.choose([]rawSVID{{chain: chain, key: key, hint: hint, bundle: bundle}})
+		var svid *x509svid.SVID
+		var err error
+		bounds.Check(t, len(chain)+len(key)+len(bundle), 1<<12, func() {
+			svid, err = s.choose([]rawSVID{{chain: chain, key: key, hint: hint, bundle: bundle}})
+		})
 		if err == nil && (!svid.ID.MemberOf(here) || svid.ID.Path() == "" ||
 			time.Now().After(svid.Certificates[0].NotAfter)) {
 			t.Errorf("%s was believed", svid.ID)
@@ -241,7 +246,9 @@ func FuzzPickJWT(f *testing.F) {
 	f.Add(token(f, jwt.Claims{Subject: orders, Audience: jwt.Audience{"kafka"},
 		Expiry: jwt.NewNumericDate(time.Now().Add(time.Hour))}))
 	f.Fuzz(func(t *testing.T, s string) {
-		got, err := pickJWT([]string{s}, id, "kafka")
+		var got jwtToken
+		var err error
+		bounds.Check(t, len(s), 1<<10, func() { got, err = pickJWT([]string{s}, id, "kafka") })
 		if err == nil && !time.Now().Before(got.expires) {
 			t.Error("an expired token was taken")
 		}

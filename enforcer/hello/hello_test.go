@@ -8,6 +8,8 @@ import (
 	"net"
 	"strings"
 	"testing"
+
+	"klamm/test/bounds"
 )
 
 // spoken is what Go's client says first.
@@ -182,7 +184,9 @@ func FuzzParse(f *testing.F) {
 	f.Add(fragmented(spoken(f, clientConfig("broker-1.example")), 7))
 	f.Add(built(extension(extensionECH, nil)))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		h, err := Parse(b)
+		var h Hello
+		var err error
+		bounds.Check(t, len(b), 64, func() { h, err = Parse(b) })
 		if err != nil && h != (Hello{}) {
 			t.Errorf("%+v with %v", h, err)
 		}

@@ -12,6 +12,7 @@ import (
 
 	"klamm/enforcer/kafka/authz"
 	"klamm/enforcer/kafka/wire"
+	"klamm/test/bounds"
 )
 
 // idle is a session whose functions are called one by one.
@@ -47,7 +48,9 @@ func FuzzProduceInPlace(f *testing.F) {
 		e := s.queue.New()
 		defer s.queue.Free(e)
 		e.V.reset(h, "test", time.Now())
-		if !s.produceInPlace(e, frame, s.view()) {
+		yes := false
+		bounds.Check(t, len(body), 1<<10, func() { yes = s.produceInPlace(e, frame, s.view()) })
+		if !yes {
 			return
 		}
 		req := kmsg.NewPtrProduceRequest()
@@ -122,7 +125,9 @@ func FuzzFetchInPlace(f *testing.F) {
 			return ctx
 		}
 		inPlace, decoded := open(), open()
-		if !authz.FetchInPlace(inPlace, version, body, s.allowed.fetch) {
+		yes := false
+		bounds.Check(t, len(body), 64, func() { yes = authz.FetchInPlace(inPlace, version, body, s.allowed.fetch) })
+		if !yes {
 			return
 		}
 		req := kmsg.NewPtrFetchRequest()
@@ -184,7 +189,8 @@ func FuzzFetchAnswer(f *testing.F) {
 		}
 		lines := new(auditLines)
 		s.downTrail = newTrail(lines)
-		held := s.auditFetch(p, body)
+		var held error
+		bounds.Check(t, len(body), 1<<10, func() { held = s.auditFetch(p, body) })
 		if err := s.downTrail.Flush(); err != nil {
 			t.Fatal(err)
 		}
@@ -288,7 +294,11 @@ func FuzzShareFetchInPlace(f *testing.F) {
 			return
 		}
 		s.ctx.Share = s.shareSes
-		if !authz.ShareFetchInPlace(s.ctx, version, body, s.allowed.shareGroup, s.allowed.shareFetch) {
+		yes := false
+		bounds.Check(t, len(body), 64, func() {
+			yes = authz.ShareFetchInPlace(s.ctx, version, body, s.allowed.shareGroup, s.allowed.shareFetch)
+		})
+		if !yes {
 			return
 		}
 		req := kmsg.NewPtrShareFetchRequest()

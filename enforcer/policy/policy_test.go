@@ -12,6 +12,7 @@ import (
 	"github.com/twmb/franz-go/pkg/kmsg"
 
 	"klamm/enforcer/policy/strict"
+	"klamm/test/bounds"
 )
 
 const (
@@ -490,7 +491,9 @@ func FuzzParse(f *testing.F) {
 	f.Add([]byte("apiVersion: klamm/v1\nrules:\n- name: r\n  when: |\n    claims.n == 3 &&\n    sources.sasl.claims.sub " +
 		"!= ''\n  allow: [{topic: '*', operations: [All]}]"))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		s, err := Parse("f", data)
+		var s *Set
+		var err error
+		bounds.Check(t, len(data), 1<<16, func() { s, err = Parse("f", data) })
 		var errs strict.Errors
 		switch {
 		case err != nil && !errors.As(err, &errs):

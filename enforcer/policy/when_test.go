@@ -15,6 +15,7 @@ import (
 
 	"klamm/enforcer/policy/strict"
 	"klamm/spiffe"
+	"klamm/test/bounds"
 )
 
 // somebody is a subject of whom everything is known.
@@ -344,14 +345,17 @@ func FuzzCondition(f *testing.F) {
 	f.Fuzz(func(t *testing.T, expression string) {
 		var c condition
 		node := yaml.Node{Kind: yaml.ScalarNode, Tag: "!!str", Value: expression, Line: 1, Column: 1}
-		if err := c.UnmarshalYAML(&node); err != nil {
+		var err error
+		bounds.Check(t, len(expression), 1<<16, func() { err = c.UnmarshalYAML(&node) })
+		if err != nil {
 			var errs strict.Errors
 			if !errors.As(strict.Join(&node, err), &errs) || len(errs) == 0 {
 				t.Fatalf("%T: %v", err, err)
 			}
 			return
 		}
-		holds, err := c.holds(newKnown(&who))
+		var holds bool
+		bounds.Check(t, len(expression), 1<<16, func() { holds, err = c.holds(newKnown(&who)) })
 		if again, _ := c.holds(newKnown(&who)); again != holds || holds && err != nil {
 			t.Fatalf("%v, %v, then %v", holds, err, again)
 		}

@@ -16,6 +16,7 @@ import (
 	"github.com/pavlo-v-chernykh/keystore-go/v4"
 	"software.sslmate.com/src/go-pkcs12"
 
+	"klamm/test/bounds"
 	"klamm/test/ca"
 )
 
@@ -140,7 +141,9 @@ func FuzzRead(f *testing.F) {
 	f.Add(jks(f, a, "changeit"), "")
 	f.Add(pfx(f, pkcs12.LegacyDES, a, "x"), "x")
 	f.Fuzz(func(t *testing.T, data []byte, password string) {
-		s, err := Read(bytes.NewReader(data), password)
+		var s *Store
+		var err error
+		bounds.Check(t, len(data)+len(password), 1<<12, func() { s, err = Read(bytes.NewReader(data), password) })
 		if (s == nil) == (err == nil) || s != nil && len(s.Certificates) == 0 {
 			t.Errorf("%+v, %v", s, err)
 		}

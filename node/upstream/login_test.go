@@ -11,6 +11,8 @@ import (
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kfake"
 	"github.com/twmb/franz-go/pkg/kmsg"
+
+	"klamm/test/bounds"
 )
 
 func rewrite(t testing.TB, file, text string) {
@@ -144,9 +146,11 @@ func FuzzAnswer(f *testing.F) {
 			if req.Key() != key {
 				continue
 			}
-			if resp, err := readAnswer(bytes.NewReader(answer), req, 1); err == nil && resp.Key() != key {
-				t.Errorf("the answer to %d is one to %d", key, resp.Key())
-			}
+			bounds.Check(t, len(answer), 1<<11, func() {
+				if resp, err := readAnswer(bytes.NewReader(answer), req, 1); err == nil && resp.Key() != key {
+					t.Errorf("the answer to %d is one to %d", key, resp.Key())
+				}
+			})
 		}
 	})
 }

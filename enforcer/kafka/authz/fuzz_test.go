@@ -8,9 +8,11 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kmsg"
 
 	"klamm/enforcer/policy"
+	"klamm/test/bounds"
 	"klamm/test/message"
 )
 
@@ -47,7 +49,8 @@ rules:
 				{"ok", "secret"}: {Subscription: Subscription{regex: ".*", native: true}},
 			},
 		}}
-		v, _ := decide(c, req)
+		var v Verdict
+		bounds.Check(t, len(request), 1<<12, func() { v, _ = decide(c, req) })
 		if !bytes.Equal(req.AppendTo(nil), canonical) {
 			t.Errorf("the handler changed the request in place to\n%s", message.Show(req))
 		}
@@ -68,8 +71,37 @@ rules:
 		if v.Edit != nil {
 			resp := kmsg.ResponseForKey(key)
 			makeUp(t, resp, version, answer)
-			v.Edit(c, resp)
+			bounds.Check(t, len(request)+len(answer), 1<<12, func() { v.Edit(c, resp) })
 			overWire(t, resp, version)
+		}
+	})
+}
+
+// FuzzRefuse refuses made up requests of every key and version that kmsg knows, in their own format.
+func FuzzRefuse(f *testing.F) {
+	for key := range int16(kmsg.MaxKey + 1) {
+		f.Add(key, int16(0), []byte{3, 1, 2, 3, 4, 3, 2, 1, 0, 3, 2, 1})
+		f.Add(key, kmsg.RequestForKey(key).MaxVersion(), bytes.Repeat([]byte{2, 1, 3}, 20))
+	}
+	f.Fuzz(func(t *testing.T, key, version int16, request []byte) {
+		if resp := Unsupported(key, version); resp != nil {
+			overWire(t, resp, resp.GetVersion())
+		}
+		req := kmsg.RequestForKey(key)
+		if req == nil || version < 0 || version > req.MaxVersion() {
+			return
+		}
+		makeUp(t, req, version, request)
+		canonical := req.AppendTo(nil)
+		for _, err := range []*kerr.Error{kerr.UnsupportedVersion, kerr.TopicAuthorizationFailed} {
+			var resp kmsg.Response
+			bounds.Check(t, len(request), 1<<12, func() { resp = Refuse(req, err, "why") })
+			if resp != nil {
+				overWire(t, resp, resp.GetVersion())
+			}
+		}
+		if !bytes.Equal(req.AppendTo(nil), canonical) {
+			t.Errorf("to refuse it changed the request to\n%s", message.Show(req))
 		}
 	})
 }

@@ -7,6 +7,8 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+
+	"klamm/test/bounds"
 )
 
 const iam = `{"x-amz-credential":"A/d/r/kafka-cluster/aws4_request"}`
@@ -135,7 +137,9 @@ func FuzzPlain(f *testing.F) {
 	f.Add([]byte("alice\x00alice\x00pw"))
 	f.Add([]byte("\x00\xff\x00pw\x00"))
 	f.Fuzz(func(t *testing.T, msg []byte) {
-		c, err := plain(msg)
+		var c Claim
+		var err error
+		bounds.Check(t, len(msg), 256, func() { c, err = plain(msg) })
 		if err != nil {
 			return
 		}
@@ -154,7 +158,9 @@ func FuzzScram(f *testing.F) {
 	f.Add([]byte("n,a=a,m=x,n=a=2C=3D,r=nonce,tokenauth=true"))
 	f.Add([]byte("n,,n=n=3D,r=r,r=r"))
 	f.Fuzz(func(t *testing.T, msg []byte) {
-		c, err := scram(msg)
+		var c Claim
+		var err error
+		bounds.Check(t, len(msg), 256, func() { c, err = scram(msg) })
 		if err != nil {
 			return
 		}
@@ -186,7 +192,9 @@ func FuzzOAuthBearer(f *testing.F) {
 	f.Add([]byte("n,a=a=2Cb,\x01a=b\x01auth=bearer  t==\x01c=d\x01\x01"))
 	f.Add([]byte("n,,\x01auth=Bearer t\x01auth=Bearer u\x01\x01"))
 	f.Fuzz(func(t *testing.T, msg []byte) {
-		c, err := bearer(msg)
+		var c Claim
+		var err error
+		bounds.Check(t, len(msg), 256, func() { c, err = bearer(msg) })
 		if err != nil {
 			return
 		}
@@ -215,7 +223,9 @@ func FuzzMSKIAM(f *testing.F) {
 	f.Add([]byte(`{"x-amz-credential":"AKIA1/20261125/eu-west-1/kafka-cluster/aws4_request"}`))
 	f.Add([]byte(`{"X-AMZ-Credential":"////","x-amz-credential":null}`))
 	f.Fuzz(func(t *testing.T, msg []byte) {
-		c, err := mskIAM(msg)
+		var c Claim
+		var err error
+		bounds.Check(t, len(msg), 256, func() { c, err = mskIAM(msg) })
 		if err != nil {
 			return
 		}

@@ -6,6 +6,8 @@ import (
 	"testing"
 
 	"github.com/twmb/franz-go/pkg/kmsg"
+
+	"klamm/test/bounds"
 )
 
 func TestEveryHeaderThatKmsgWritesIsRead(t *testing.T) {
@@ -73,7 +75,9 @@ func FuzzParseHeader(f *testing.F) {
 	}
 	f.Add([]byte{0x30, 0x39, 0, 0, 0, 0, 0, 1})
 	f.Fuzz(func(t *testing.T, b []byte) {
-		h, err := ParseHeader(b)
+		var h Header
+		var err error
+		bounds.Check(t, len(b), 0, func() { h, err = ParseHeader(b) })
 		if err != nil {
 			return
 		}

@@ -19,57 +19,64 @@ import (
 func TestAPipeCarriesWhatIsPassedAndEmitted(t *testing.T) {
 	for range 60 {
 		seed := rand.Uint64()
-		t.Run(fmt.Sprintf("seed %#x", seed), func(t *testing.T) {
-			r := rand.New(rand.NewPCG(seed, 0))
-			input := make([]byte, r.IntN(2<<20))
-			for i := range input {
-				input[i] = byte(r.Uint32())
+		t.Run(fmt.Sprintf("seed %#x", seed), func(t *testing.T) { checkPipe(t, seed) })
+	}
+}
+
+func FuzzPipe(f *testing.F) {
+	f.Add(uint64(1 << 40))
+	f.Fuzz(checkPipe)
+}
+
+func checkPipe(t *testing.T, seed uint64) {
+	r := rand.New(rand.NewPCG(seed, 0))
+	input := make([]byte, r.IntN(2<<20))
+	for i := range input {
+		input[i] = byte(r.Uint32())
+	}
+	src := io.Reader(bytes.NewReader(input))
+	if r.IntN(2) == 0 {
+		src = socketWith(t, input)
+	}
+	var got, want bytes.Buffer
+	budget := NewBudget(8 << 20)
+	p := NewPipe(src, &got, budget.Open("", nil, nil), nil, nil)
+	for left := input; len(left) > 0; {
+		n := min(len(left), 1+r.IntN(1<<r.IntN(20)))
+		b, err := p.Need(n)
+		if err != nil || !bytes.Equal(b, left[:n]) {
+			t.Fatalf("the next %d bytes: %v, or others than came", n, err)
+		}
+		switch r.IntN(4) {
+		case 0:
+			p.Drop(n)
+			p.Emit([]byte("instead"))
+			want.WriteString("instead")
+		case 1:
+			k := r.IntN(n + 1)
+			p.Pass(k)
+			p.Drop(n - k)
+			want.Write(left[:k])
+		default:
+			p.Pass(n)
+			want.Write(left[:n])
+		}
+		left = left[n:]
+		if r.IntN(10) == 0 {
+			if err := p.Flush(); err != nil {
+				t.Fatal(err)
 			}
-			src := io.Reader(bytes.NewReader(input))
-			if r.IntN(2) == 0 {
-				src = socketWith(t, input)
-			}
-			var got, want bytes.Buffer
-			budget := NewBudget(8 << 20)
-			p := NewPipe(src, &got, budget.Open("", nil, nil), nil, nil)
-			for left := input; len(left) > 0; {
-				n := min(len(left), 1+r.IntN(1<<r.IntN(20)))
-				b, err := p.Need(n)
-				if err != nil || !bytes.Equal(b, left[:n]) {
-					t.Fatalf("the next %d bytes: %v, or others than came", n, err)
-				}
-				switch r.IntN(4) {
-				case 0:
-					p.Drop(n)
-					p.Emit([]byte("instead"))
-					want.WriteString("instead")
-				case 1:
-					k := r.IntN(n + 1)
-					p.Pass(k)
-					p.Drop(n - k)
-					want.Write(left[:k])
-				default:
-					p.Pass(n)
-					want.Write(left[:n])
-				}
-				left = left[n:]
-				if r.IntN(10) == 0 {
-					if err := p.Flush(); err != nil {
-						t.Fatal(err)
-					}
-				}
-			}
-			if _, err := p.Need(1); !errors.Is(err, io.EOF) {
-				t.Errorf("at the end: %v", err)
-			}
-			if !bytes.Equal(got.Bytes(), want.Bytes()) {
-				t.Errorf("%d bytes came out, %d should have", got.Len(), want.Len())
-			}
-			p.Close()
-			if n := budget.Held(); n != 0 {
-				t.Errorf("the budget is not whole again: %d bytes are held", n)
-			}
-		})
+		}
+	}
+	if _, err := p.Need(1); !errors.Is(err, io.EOF) {
+		t.Errorf("at the end: %v", err)
+	}
+	if !bytes.Equal(got.Bytes(), want.Bytes()) {
+		t.Errorf("%d bytes came out, %d should have", got.Len(), want.Len())
+	}
+	p.Close()
+	if n := budget.Held(); n != 0 {
+		t.Errorf("the budget is not whole again: %d bytes are held", n)
 	}
 }
 

@@ -16,6 +16,8 @@ import (
 	"testing"
 
 	"github.com/twmb/franz-go/pkg/kmsg"
+
+	"klamm/test/bounds"
 )
 
 // message is what kmsg's requests and responses have in common.
@@ -521,7 +523,9 @@ func FuzzCheck(f *testing.F) {
 	f.Fuzz(func(t *testing.T, key, version int16, req, resp []byte) {
 		for d, body := range [][]byte{request: req, response: resp} {
 			d := direction(d)
-			weight, err := check(d, key, version, body)
+			var weight int64
+			var err error
+			bounds.Check(t, len(body), 0, func() { weight, err = check(d, key, version, body) })
 			if err != nil {
 				if !errors.Is(err, ErrShape) {
 					t.Errorf("an error of another kind: %v", err)
@@ -532,7 +536,8 @@ func FuzzCheck(f *testing.F) {
 				t.Errorf("%d bytes weigh %d", len(body), weight)
 			}
 			m := newMessage(d, key, version)
-			if err := m.ReadFrom(body); err != nil {
+			bounds.Check(t, int(weight), 1, func() { err = m.ReadFrom(body) })
+			if err != nil {
 				continue // such as a null that is not allowed
 			}
 			again := m.AppendTo(nil)

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"go.yaml.in/yaml/v3"
+
+	"klamm/test/bounds"
 )
 
 type even int
@@ -201,7 +203,8 @@ func FuzzDecode(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		var out sample
-		err := Decode("f", data, &out)
+		var err error
+		bounds.Check(t, len(data), 1<<14, func() { err = Decode("f", data, &out) })
 		if err == nil {
 			return
 		}
