@@ -74,7 +74,7 @@ verify-kernels: ## other kernels booted in virtual machines, and the systemd uni
 	go run ./test/kernels
 
 fuzz: ## every fuzz target for FUZZTIME (30s); FUZZ chooses some by a regular expression
-	$(setup) go gcc
+	$(setup) go
 	go run ./test/fuzz
 
 bench: build ## direct, bare relay, hashing relay and klamm, interleaved; needs root

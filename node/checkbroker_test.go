@@ -142,9 +142,23 @@ func TestBrokersAreCheckedForWaysPastTheNode(t *testing.T) {
 		if f := all["cluster main"]; f.OK || !strings.Contains(f.Detail, "brokers.pem") {
 			t.Errorf("%+v", f)
 		}
+		if _, err := node.ACLs(t.Context(), loaded, "main"); err == nil || !strings.Contains(err.Error(), "brokers.pem") {
+			t.Errorf("ACLs are not read by the node that runs: %v", err)
+		}
 		w.file(t, "brokers.pem", w.brokers.PEM())
 		if f := findings(t, loaded, node.BrokerCheck{})["upstream "+host+":9096"]; !f.OK {
 			t.Errorf("%+v", f)
+		}
+		if _, err := node.ACLs(t.Context(), loaded, "main"); err == nil ||
+			!strings.Contains(err.Error(), "allow it to Describe the cluster") {
+			t.Errorf("without the right: %v", err)
+		}
+		if err := w.Allow(t.Context(), "User:klamm", kmsg.ACLResourceTypeCluster, "kafka-cluster",
+			kmsg.ACLOperationDescribe); err != nil {
+			t.Fatal(err)
+		}
+		if all, err := node.ACLs(t.Context(), loaded, "main"); err != nil || len(all) == 0 {
+			t.Errorf("%v, %v", all, err)
 		}
 	})
 	if err := w.Allow(t.Context(), "User:ANONYMOUS", kmsg.ACLResourceTypeTopic, "orders",

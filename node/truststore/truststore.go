@@ -57,10 +57,14 @@ func Read(r io.Reader, password string) (*Store, error) {
 		return nil, errors.New("it is a JCEKS store: convert it with keytool -importkeystore -deststoretype PKCS12")
 	case bytes.HasPrefix(data, magicJKS):
 		s.Kind = "JKS"
-		s.Certificates, err = tried(data, password, fromJKS)
+		if err = boundJKS(data); err == nil {
+			s.Certificates, err = tried(data, password, fromJKS)
+		}
 	case len(data) > 0 && data[0] == 0x30: // an ASN.1 sequence
 		s.Kind = "PKCS12"
-		s.Certificates, err = tried(data, password, fromPKCS12)
+		if err = boundPKCS12(data); err == nil {
+			s.Certificates, err = tried(data, password, fromPKCS12)
+		}
 	default:
 		s.Kind = "PEM"
 		s.Certificates = fromPEM(data)

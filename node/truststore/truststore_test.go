@@ -52,6 +52,40 @@ func pfx(t testing.TB, encoder *pkcs12.Encoder, a *ca.Authority, password string
 	return out
 }
 
+// perByte is what a store may allocate for each of its bytes, key derivation included, which leaves garbage each round.
+const perByte = 1 << 19
+
+func TestStoresThatDeclareMoreThanTheyHoldAreRefused(t *testing.T) {
+	a := root(t)
+	whole := jks(t, a, "changeit")
+	raw := a.Certificate.Raw
+	at := bytes.Index(whole, raw) - 4 // the certificate's length
+	long, keys, many := bytes.Clone(whole), bytes.Clone(whole), bytes.Clone(whole)
+	copy(long[at:], "\xff\xff\xff\xff")
+	copy(many[8:], "\xff\xff\xff\xff")  // entries
+	copy(keys[12:], "\x00\x00\x00\x01") // a key's entry, so that what follows is the key's length, and of the chain
+	slow := pfx(t, pkcs12.Modern2023.WithIterations(0x011170), a, "changeit")
+	slower := bytes.ReplaceAll(slow, []byte{2, 3, 1, 0x11, 0x70}, []byte{2, 3, 0x7f, 0xff, 0xff})
+	for what, c := range map[string]struct {
+		data []byte
+		want error
+	}{
+		"a certificate of 4 GiB":     {long, errJKS},
+		"4,294,967,295 entries":      {many, errJKS},
+		"a chain of as many":         {keys, errJKS},
+		"an unknown kind of entry":   {append(bytes.Clone(whole[:12]), "\x00\x00\x00\x07\x00\x00"...), errJKS},
+		"no entries":                 {whole[:10], errJKS},
+		"8 million rounds":           {slower, errRounds},
+		"70,000 rounds, as declared": {slow, nil},
+	} {
+		var err error
+		bounds.Check(t, len(c.data), perByte, func() { _, err = Read(bytes.NewReader(c.data), "") })
+		if !errors.Is(err, c.want) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+}
+
 func TestStoresOfEveryKindAreRead(t *testing.T) {
 	a := root(t)
 	for what, c := range map[string]struct {
@@ -108,7 +142,11 @@ func TestAProcessTellsWhereItsStoresAre(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _, _ = cmd.Process.Kill(), cmd.Wait() }()
+	// Start returns when the pipe it waits at is closed by exec, which is before the kernel knows the new environment.
 	found := Find(cmd.Process.Pid)
+	for begun := time.Now(); !slices.Contains(found, "/app/ca.pem") && time.Since(begun) < 10*time.Second; {
+		found = Find(cmd.Process.Pid)
+	}
 	for _, want := range []string{"/app/ca.pem", "/opt/java/lib/security/cacerts", "/etc/ssl/certs/ca-certificates.crt"} {
 		if !slices.Contains(found, want) {
 			t.Errorf("%s is not among %v", want, found)
@@ -143,7 +181,7 @@ func FuzzRead(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte, password string) {
 		var s *Store
 		var err error
-		bounds.Check(t, len(data)+len(password), 1<<12, func() { s, err = Read(bytes.NewReader(data), password) })
+		bounds.Check(t, len(data)+len(password), perByte, func() { s, err = Read(bytes.NewReader(data), password) })
 		if (s == nil) == (err == nil) || s != nil && len(s.Certificates) == 0 {
 			t.Errorf("%+v, %v", s, err)
 		}

@@ -11,13 +11,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const (
-	// slack is what is allocated in any case, and what the runtime counts late: it looks at the objects of a size when
-	// their span is full.
-	slack = 2 << 20
-	// mostCPU is far more than any input of a fuzzer's is worth, with its instrumentation on a busy machine.
-	mostCPU = 2 * time.Second
-)
+// slack is what is allocated in any case, and what the runtime counts late: it looks at the objects of a size when their
+// span is full.
+const slack = 2 << 20
+
+// mostCPU is far more than any input of a fuzzer's is worth, with its instrumentation on a busy machine.
+var mostCPU = 10 * time.Second
 
 // Check runs f, which may allocate perByte bytes for each byte of the input, and a little.
 func Check(t testing.TB, input, perByte int, f func()) {

@@ -16,6 +16,7 @@ func (f *failures) Errorf(string, ...any) { f.n++ }
 var sink []byte
 
 func TestWhatAnInputIsNotWorthFails(t *testing.T) {
+	mostCPU = 200 * time.Millisecond
 	for name, c := range map[string]struct {
 		f    func()
 		want int

@@ -61,6 +61,9 @@ func run(ctx context.Context) (failed int, err error) {
 	for i, t := range targets {
 		fmt.Printf("[%d/%d] %s: ", i+1, len(targets), t)
 		out, err := t.fuzz(ctx, each)
+		if err == nil && last(out) == "" {
+			err = errors.New("nothing new was tried: to play what is kept takes longer")
+		}
 		if err != nil && ctx.Err() != nil {
 			fmt.Println("interrupted")
 			return failed, ctx.Err()
@@ -131,7 +134,7 @@ func (t target) fuzz(ctx context.Context, each time.Duration) ([]byte, error) {
 	return cmd.CombinedOutput()
 }
 
-var progress = regexp.MustCompile(`execs: \d+|new interesting: \d+ \(total: \d+\)`)
+var progress = regexp.MustCompile(`execs: [1-9]\d*|new interesting: \d+ \(total: \d+\)`)
 
 // last is what a target said at last of its progress.
 func last(out []byte) string {

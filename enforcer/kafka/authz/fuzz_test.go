@@ -111,7 +111,7 @@ func seed(f *testing.F) {
 	random := rand.New(rand.NewPCG(1, 2))
 	for key := range int16(kmsg.MaxKey + 1) {
 		for version := Table[key].Min; Table[key].Decide != nil && version <= Table[key].Max; version++ {
-			for range 20 {
+			for range 2 {
 				var bytes [2][]byte
 				for i := range bytes {
 					bytes[i] = make([]byte, random.IntN(200))
