@@ -11,8 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// slack is what is allocated in any case, and what the runtime counts late: it looks at the objects of a size when their
-// span is full.
+// slack is what is allocated in any case, and what the runtime counts late: it looks at the objects of a size when
+// their span is full.
 const slack = 2 << 20
 
 // mostCPU is far more than any input of a fuzzer's is worth, with its instrumentation on a busy machine.

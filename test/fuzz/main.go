@@ -1,5 +1,5 @@
-// Command fuzz runs every fuzz target of the module, one after the other: each for FUZZTIME (30s), on all cores. FUZZ is
-// a regular expression that chooses among them, as "package Target". What a target fails on is kept in its package's
+// Command fuzz runs every fuzz target of the module, one after the other: each for FUZZTIME (30s), on all cores. FUZZ
+// is a regular expression that chooses among them, as "package Target". What a target fails on is kept in its package's
 // testdata/fuzz, where go test plays it from then on.
 package main
 
@@ -126,8 +126,8 @@ const mostBuild = 10 * time.Minute
 func (t target) fuzz(ctx context.Context, each time.Duration) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, each+mostBuild)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "nice", "go", "test", "-run", "^$", "-fuzz", "^"+t.name+"$", "-fuzztime", each.String(),
-		"-fuzzminimizetime", "1s", "-parallel", fmt.Sprint(runtime.NumCPU()), t.dir)
+	cmd := exec.CommandContext(ctx, "nice", "go", "test", "-run", "^$", "-fuzz", "^"+t.name+"$",
+		"-fuzztime", each.String(), "-fuzzminimizetime", "1s", "-parallel", fmt.Sprint(runtime.NumCPU()), t.dir)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) } // its workers with it
 	cmd.WaitDelay = 10 * time.Second
