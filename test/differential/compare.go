@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"maps"
 	"reflect"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -198,7 +197,6 @@ func (w *viewer) text(s string, null bool) any {
 		return nil
 	}
 	s = strings.ReplaceAll(s, w.play.sides[w.side].host, "BROKER")
-	s = javaObject.ReplaceAllString(s, "Cluster authorization failed.")
 	kept := w.play.kept[w.side]
 	for _, name := range slices.Sorted(maps.Keys(kept)) {
 		if kept[name] != "" && s == kept[name] {
@@ -207,10 +205,6 @@ func (w *viewer) text(s string, null bool) any {
 	}
 	return s
 }
-
-// javaObject is how a broker words the refusal of an operation on the cluster: with the request as its Java object,
-// addresses and buffers included. klamm says Errors.CLUSTER_AUTHORIZATION_FAILED.message.
-var javaObject = regexp.MustCompile(`^Request Request\(.*\) (needs \w+ permission|is not authorized)\.$`)
 
 // difference is where two answers differ.
 type difference struct {

@@ -35,7 +35,7 @@ func (c coverage) add(at cell, classes ...string) {
 // refusals are the codes by which a broker says that somebody may not.
 var refusals = []string{
 	"TOPIC_AUTHORIZATION_FAILED", "GROUP_AUTHORIZATION_FAILED", "CLUSTER_AUTHORIZATION_FAILED",
-	"TRANSACTIONAL_ID_AUTHORIZATION_FAILED", "DELEGATION_TOKEN_AUTHORIZATION_FAILED",
+	"TRANSACTIONAL_ID_AUTHORIZATION_FAILED", "DELEGATION_TOKEN_AUTHORIZATION_FAILED", "DELEGATION_TOKEN_OWNER_MISMATCH",
 }
 
 // came is the class of an outcome of the reference. What the super user sees tells where an answer leaves out.
