@@ -78,13 +78,21 @@ func copiesExactlyOnce(ctx context.Context, r *rig, a *application) error {
 	if err != nil {
 		return err
 	}
+	if err := sameRecords(in, out); err != nil {
+		return err
+	}
+	return r.meetsNoRefusal(&as)
+}
+
+// sameRecords: each partition holds the same values in the same order.
+func sameRecords(in, out []*kgo.Record) error {
 	for p := range int32(partitions) {
 		if given, made := valuesOf(in, p), valuesOf(out, p); !slices.Equal(given, made) {
 			return fmt.Errorf("partition %d: %d records became %d: %s", p, len(given), len(made),
 				firstDifference(given, made))
 		}
 	}
-	return r.meetsNoRefusal(&as)
+	return nil
 }
 
 func valuesOf(records []*kgo.Record, partition int32) []string {

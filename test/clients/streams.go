@@ -127,8 +127,6 @@ func (r *rig) counts(ctx context.Context, begin []int64) ([]*kgo.Record, error) 
 	return counts, nil
 }
 
-// wordsCounted: the counts of each word go up one by one to as often as it is there. Another application of the same
-// output, whose turn was before, has left the same, so that each word begins anew.
 func wordsCounted(ctx context.Context, r *rig, _ *actor, outcomes []outcome) error {
 	if o := outcomes[0]; o.err != nil {
 		return o.failure("it failed")
@@ -137,23 +135,30 @@ func wordsCounted(ctx context.Context, r *rig, _ *actor, outcomes []outcome) err
 	if err != nil {
 		return err
 	}
-	want := map[string]uint64{}
-	for _, word := range words() {
+	return countedOnce(all, words())
+}
+
+// countedOnce: the counts of each word go up one by one to as often as it is there. Another application of the same
+// output, whose turn was before, has left the same: each word begins anew then, and all as often.
+func countedOnce(counts []*kgo.Record, words []string) error {
+	want, got, rounds := map[string]uint64{}, map[string]uint64{}, map[string]int{}
+	for _, word := range words {
 		want[word]++
 	}
-	got := map[string]uint64{}
-	for _, record := range all {
+	for _, record := range counts {
 		word, count := string(record.Key), binary.BigEndian.Uint64(record.Value)
+		if got[word]++; count != got[word] || count > want[word] {
+			return fmt.Errorf("the word %q was counted %d, want %d", word, count, got[word])
+		}
 		if got[word] == want[word] {
 			got[word] = 0
-		}
-		if got[word]++; count != got[word] {
-			return fmt.Errorf("the word %q was counted %d, want %d", word, count, got[word])
+			rounds[word]++
 		}
 	}
 	for word, n := range want {
-		if got[word] != n {
-			return fmt.Errorf("the word %q was counted %d times, want %d", word, got[word], n)
+		if got[word] > 0 || rounds[word] == 0 || rounds[word] != rounds[words[0]] {
+			return fmt.Errorf("the word %q, there %d times, was counted %d times and to %d, others %d times", word, n,
+				rounds[word], got[word], rounds[words[0]])
 		}
 	}
 	return nil
