@@ -309,7 +309,7 @@ func (r *rig) meetsNoRefusal(as *actor) error {
 	return err
 }
 
-// refusals returns the audit's lines of what an actor was refused.
+// refusals returns the audit's lines of what an actor was refused, brokers apart that were down.
 func (r *rig) refusals(as *actor) (refused []string, err error) {
 	text, err := os.ReadFile(r.auditFile())
 	if err != nil {
@@ -321,7 +321,7 @@ func (r *rig) refusals(as *actor) (refused []string, err error) {
 			continue
 		}
 		seen = true
-		if bytes.Contains(line, []byte(`"verdict":"deny"`)) {
+		if bytes.Contains(line, []byte(`"verdict":"deny"`)) && !bytes.Contains(line, []byte(`"broker_unreachable"`)) {
 			refused = append(refused, string(line))
 		}
 	}
