@@ -48,6 +48,8 @@ type Ctx struct {
 	Fetch     *FetchSession // the connection's fetch session, replaced by the fetch handler; nil without one
 	Share     *ShareSession // so for its share session
 
+	follower bool // the fetch is a follower's
+
 	Checks  []Check   // every decision, in the order taken
 	Missing []TopicID // ids Topic was asked for and did not know; the session looks them up and calls the handler again
 	Stale   bool      // the list of topics must be renewed; the session has that done and calls the handler again

@@ -5,8 +5,8 @@ import (
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
-// fetch: Topic Read. A follower's fetch (replica id set) also needs Cluster ClusterAction; unlike a broker we do not
-// take that for a right to read every topic.
+// fetch: Topic Read. A follower's fetch (replica id set) takes Cluster ClusterAction instead, which is a right to read
+// every topic, as at a broker.
 func fetch(c *Ctx, req *kmsg.FetchRequest) Verdict {
 	sessions := req.Version >= 7
 	incremental := sessions && isIncremental(req.SessionEpoch)
@@ -19,6 +19,7 @@ func fetch(c *Ctx, req *kmsg.FetchRequest) Verdict {
 	if follower && !c.AllowCluster(kmsg.ACLOperationClusterAction) {
 		return fetchRefuseAll(req)
 	}
+	c.follower = follower
 	m := c.Fetch
 	if !incremental {
 		m = newFetchSession(c, req)
@@ -60,6 +61,9 @@ func filterFetch(c *Ctx, resp *kmsg.FetchResponse) {
 
 // fetchRefusal decides one topic; 0 lets it be read.
 func (c *Ctx) fetchRefusal(version int16, name string, id TopicID) int16 {
+	if c.follower && c.Visible(kmsg.ACLResourceTypeCluster, clusterName, kmsg.ACLOperationClusterAction) {
+		return 0
+	}
 	name, known := c.fetchName(version, name, id)
 	switch {
 	case !known:
