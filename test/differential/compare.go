@@ -14,13 +14,14 @@ import (
 // volatile fields differ between two brokers that do the same. Of numbers the sign is compared, of ids and texts
 // whether there is one.
 var volatile = map[string]string{
-	"*.ThrottleMillis":                       "how busy the broker is",
-	"ApiVersions.FinalizedFeaturesEpoch":     "how far the metadata log is",
-	"Fetch.SessionID":                        "chosen at random",
-	"JoinGroup.MemberID":                     "chosen at random",
-	"JoinGroup.LeaderID":                     "chosen at random",
-	"JoinGroup.Members.MemberID":             "chosen at random",
-	"DescribeGroups.Groups.Members.MemberID": "chosen at random",
+	"*.ThrottleMillis":                                      "how busy the broker is",
+	"ApiVersions.FinalizedFeaturesEpoch":                    "how far the metadata log is",
+	"DescribeTransactions.TransactionStates.StartTimestamp": "when it was",
+	"Fetch.SessionID":                                       "chosen at random",
+	"JoinGroup.MemberID":                                    "chosen at random",
+	"JoinGroup.LeaderID":                                    "chosen at random",
+	"JoinGroup.Members.MemberID":                            "chosen at random",
+	"DescribeGroups.Groups.Members.MemberID":                "chosen at random",
 
 	"CreateDelegationToken.TokenID":                        "chosen at random",
 	"CreateDelegationToken.HMAC":                           "of the token's id",
@@ -61,6 +62,7 @@ var unordered = map[string]string{
 	"CreateTopics.Topics":                                  "a set of names",
 	"DeleteRecords.Topics":                                 "the broker's",
 	"DeleteRecords.Topics.Partitions":                      "the broker's",
+	"DeleteShareGroupState.Topics":                         "a map by topic id",
 	"DeleteTopics.Topics":                                  "a set of names",
 	"DescribeDelegationToken.TokenDetails":                 "the broker's",
 	"DescribeLogDirs.Dirs.Topics":                          "the broker's",

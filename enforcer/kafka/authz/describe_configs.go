@@ -13,25 +13,23 @@ func describeConfigs(c *Ctx, req *kmsg.DescribeConfigsRequest) Verdict {
 			return Verdict{Answer: Refuse(req, kerr.InvalidRequest, invalidRequest)}
 		}
 	}
-	kept, out := sift(req.Resources, func(r *kmsg.DescribeConfigsRequestResource) *kerr.Error {
+	type resource = kmsg.DescribeConfigsRequestResource
+	forward, part := *req, *req
+	forward.Resources = make([]resource, 0, len(req.Resources))
+	var refused []kmsg.DescribeConfigsResponseResource
+	for _, r := range req.Resources {
 		right := configRights[r.ResourceType]
-		if !c.allowConfig(right, r.ResourceName, kmsg.ACLOperationDescribeConfigs) {
-			return right.err
+		if c.allowConfig(right, r.ResourceName, kmsg.ACLOperationDescribeConfigs) {
+			forward.Resources = append(forward.Resources, r)
+			continue
 		}
-		return nil
-	})
-	if len(out) == 0 {
+		part.Resources = []resource{r}
+		refused = append(refused, as[*kmsg.DescribeConfigsResponse](Refuse(&part, right.err, right.msg)).Resources...)
+	}
+	if refused == nil {
 		return Verdict{}
 	}
-	forward, part := *req, *req
-	forward.Resources = kept
-	var refused []kmsg.DescribeConfigsResponseResource
-	for _, o := range out {
-		part.Resources = o.entries
-		msg := configRights[o.entries[0].ResourceType].msg
-		refused = append(refused, as[*kmsg.DescribeConfigsResponse](Refuse(&part, o.err, msg)).Resources...)
-	}
-	return partly(c, &forward, len(kept), func(_ *Ctx, resp *kmsg.DescribeConfigsResponse) {
+	return partly(c, &forward, len(forward.Resources), func(_ *Ctx, resp *kmsg.DescribeConfigsResponse) {
 		resp.Resources = append(resp.Resources, refused...)
 	})
 }

@@ -1,6 +1,8 @@
 package authz
 
 import (
+	"slices"
+
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
@@ -94,13 +96,10 @@ func fetchError(req *kmsg.FetchRequest, err *kerr.Error) Verdict {
 	return Verdict{Answer: resp}
 }
 
-// fetchRefuseAll answers every partition as one the client may not read.
+// fetchRefuseAll answers every partition, each once, as one the client may not read.
 func fetchRefuseAll(req *kmsg.FetchRequest) Verdict {
 	resp := req.ResponseKind().(*kmsg.FetchResponse)
 	for i := range req.Topics {
-		if len(req.Topics[i].Partitions) == 0 {
-			continue // a broker answers by partition
-		}
 		t := kmsg.NewFetchResponseTopic()
 		t.Topic, t.TopicID = req.Topics[i].Topic, req.Topics[i].TopicID
 		for _, p := range req.Topics[i].Partitions {
@@ -108,5 +107,16 @@ func fetchRefuseAll(req *kmsg.FetchRequest) Verdict {
 		}
 		resp.Topics = append(resp.Topics, t)
 	}
+	resp.Topics = fold(resp.Topics, func(t *kmsg.FetchResponseTopic) metadataName {
+		return metadataName{t.Topic, t.TopicID}
+	}, func(first, other *kmsg.FetchResponseTopic) {
+		first.Partitions = append(first.Partitions, other.Partitions...)
+	})
+	for i := range resp.Topics {
+		resp.Topics[i].Partitions = once(resp.Topics[i].Partitions, func(p *kmsg.FetchResponseTopicPartition) int32 {
+			return p.Partition
+		})
+	}
+	resp.Topics = slices.DeleteFunc(resp.Topics, func(t kmsg.FetchResponseTopic) bool { return len(t.Partitions) == 0 })
 	return Verdict{Answer: resp}
 }

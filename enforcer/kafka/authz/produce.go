@@ -13,7 +13,9 @@ import (
 // broker, so that the producer notices.
 func produce(c *Ctx, req *kmsg.ProduceRequest) Verdict {
 	if transactional(req) && !c.allowTxn(req.TransactionID) {
-		return refuseProduce(req, Refuse(req, kerr.TransactionalIDAuthorizationFailed, ""))
+		part := *req
+		part.Topics = eachProduced(req.Topics)
+		return refuseProduce(req, Refuse(&part, kerr.TransactionalIDAuthorizationFailed, ""))
 	}
 	byID := req.Version >= 13
 	kept, out := sift(req.Topics, func(t *kmsg.ProduceRequestTopic) *kerr.Error {
@@ -29,14 +31,27 @@ func produce(c *Ctx, req *kmsg.ProduceRequest) Verdict {
 	forward.Topics = kept
 	var refused []kmsg.ProduceResponseTopic
 	for _, o := range out {
-		part.Topics = slices.DeleteFunc(o.entries, func(t kmsg.ProduceRequestTopic) bool {
-			return len(t.Partitions) == 0 // a broker answers by partition
-		})
+		part.Topics = eachProduced(o.entries)
 		refused = append(refused, as[*kmsg.ProduceResponse](Refuse(&part, o.err, "")).Topics...)
 	}
 	return partly(c, &forward, len(kept), func(_ *Ctx, resp *kmsg.ProduceResponse) {
 		resp.Topics = append(resp.Topics, refused...)
 	})
+}
+
+// eachProduced is the topics as a broker answers about them: each partition once, and no topic without one.
+func eachProduced(topics []kmsg.ProduceRequestTopic) []kmsg.ProduceRequestTopic {
+	topics = fold(slices.Clone(topics), func(t *kmsg.ProduceRequestTopic) metadataName {
+		return metadataName{t.Topic, t.TopicID}
+	}, func(first, other *kmsg.ProduceRequestTopic) {
+		first.Partitions = slices.Concat(first.Partitions, other.Partitions)
+	})
+	for i := range topics {
+		topics[i].Partitions = once(topics[i].Partitions, func(p *kmsg.ProduceRequestTopicPartition) int32 {
+			return p.Partition
+		})
+	}
+	return slices.DeleteFunc(topics, func(t kmsg.ProduceRequestTopic) bool { return len(t.Partitions) == 0 })
 }
 
 func refuseProduce(req *kmsg.ProduceRequest, answer kmsg.Response) Verdict {

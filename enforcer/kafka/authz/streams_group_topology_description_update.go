@@ -9,7 +9,7 @@ import (
 // Kafka looks at none of the topics in it.
 func streamsGroupTopologyDescriptionUpdate(c *Ctx, req *kmsg.StreamsGroupTopologyDescriptionUpdateRequest) Verdict {
 	if !c.AllowGroup(req.Group, kmsg.ACLOperationRead) {
-		return Verdict{Answer: Refuse(req, kerr.GroupAuthorizationFailed, groupAuthorizationFailed)}
+		return Verdict{Answer: Refuse(req, kerr.GroupAuthorizationFailed, "")}
 	}
 	return Verdict{}
 }
