@@ -1,0 +1,162 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/twmb/franz-go/pkg/kmsg"
+)
+
+// metadataOf is a Metadata answer with these topics, each with an error.
+func metadataOf(code int16, topics ...string) *kmsg.MetadataResponse {
+	resp := kmsg.NewPtrMetadataResponse()
+	resp.Version = 9
+	for _, name := range topics {
+		t := kmsg.NewMetadataResponseTopic()
+		t.Topic, t.ErrorCode = &name, code
+		resp.Topics = append(resp.Topics, t)
+	}
+	return resp
+}
+
+func TestAnswersDifferWhereOneFieldDoes(t *testing.T) {
+	same := func(*kmsg.MetadataResponse) {}
+	throttled := func(r *kmsg.MetadataResponse) { r.ThrottleMillis = 9 }
+	for name, c := range map[string]struct {
+		change func(*kmsg.MetadataResponse)
+		want   []string
+	}{
+		"the same":                        {same, nil},
+		"one is throttled":                {throttled, nil},
+		"an error code":                   {func(r *kmsg.MetadataResponse) { r.Topics[1].ErrorCode = 3 }, []string{"Metadata.Topics.ErrorCode"}},
+		"an empty list in place of null":  {func(r *kmsg.MetadataResponse) { r.Brokers = []kmsg.MetadataResponseBroker{} }, []string{"Metadata.Brokers"}},
+		"an entry more":                   {func(r *kmsg.MetadataResponse) { *r = *metadataOf(0, "a", "b", "c") }, []string{"Metadata.Topics"}},
+		"other order, where that is none": {func(r *kmsg.MetadataResponse) { *r = *metadataOf(0, "b", "a") }, nil},
+		"another name":                    {func(r *kmsg.MetadataResponse) { *r = *metadataOf(0, "a", "x") }, []string{"Metadata.Topics"}},
+		"null in place of a text":         {func(r *kmsg.MetadataResponse) { r.Topics[0].Topic = nil }, []string{"Metadata.Topics"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := &play{sides: []*side{{host: "127.0.0.1"}, {host: "127.0.0.2"}}, kept: []map[string]string{{}, {}}}
+			theirs, ours := metadataOf(0, "a", "b"), metadataOf(0, "a", "b")
+			c.change(ours)
+			var shown [2]any
+			for i, answer := range []kmsg.Response{theirs, ours} {
+				var err error
+				if shown[i], err = p.show(i, outcome{answer: answer}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			var got []string
+			for _, d := range differences("Metadata", shown[0], shown[1]) {
+				got = append(got, d.path)
+			}
+			if !slices.Equal(got, c.want) {
+				t.Errorf("they differ in %v, want %v", got, c.want)
+			}
+			closedOne := differences("Metadata", shown[0], closed)
+			if len(closedOne) != 1 || covers([]*deliberate{{Fields: []string{"Metadata"}, Reason: "x"}}, closedOne[0]) {
+				t.Errorf("an answer and none: %v", closedOne)
+			}
+		})
+	}
+}
+
+func TestNoErrorCodeAndNoIdentifierIsOnTheListOfDifferences(t *testing.T) {
+	for text, ok := range map[string]bool{
+		`[{fields: [DescribeGroups.Groups.Members.ClientHost], reason: r}]`: true,
+		`[{fields: [DescribeGroups.Groups.Members.ClientHost]}]`:            false,
+		`[{fields: [Metadata.Topics.ErrorCode], reason: r}]`:                false,
+		`[{fields: [Metadata.Topics.Topic], reason: r}]`:                    false,
+		`[{fields: [Fetch.Topics.TopicID], reason: r}]`:                     false,
+		"[" + strings.Repeat(`{fields: [A.B], reason: r},`, 16) + "]":       false,
+	} {
+		file := filepath.Join(t.TempDir(), "differences.yaml")
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := readDifferences(file); (err == nil) != ok {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+}
+
+func TestWhatARequestAsks(t *testing.T) {
+	s := &side{ids: map[[16]byte]string{{1}: "orders"}}
+	topic := func(name string, id [16]byte) kmsg.MetadataRequestTopic {
+		t := kmsg.MetadataRequestTopic{TopicID: id}
+		if name != "" {
+			t.Topic = &name
+		}
+		return t
+	}
+	for name, c := range map[string]struct {
+		version int16
+		topics  []kmsg.MetadataRequestTopic
+		want    []string
+	}{
+		"all topics":              {12, nil, []string{"null"}},
+		"before null was all":     {0, nil, []string{"empty"}},
+		"no topics":               {12, []kmsg.MetadataRequestTopic{}, []string{"empty"}},
+		"a name":                  {9, []kmsg.MetadataRequestTopic{topic("orders", [16]byte{})}, []string{"name"}},
+		"an unknown name":         {9, []kmsg.MetadataRequestTopic{topic("x", [16]byte{})}, []string{"name", "unknown"}},
+		"an id":                   {12, []kmsg.MetadataRequestTopic{topic("", [16]byte{1})}, []string{"id", "null"}},
+		"an unknown id":           {12, []kmsg.MetadataRequestTopic{topic("", [16]byte{2})}, []string{"id", "null", "unknown"}},
+		"an id before there were": {9, []kmsg.MetadataRequestTopic{topic("orders", [16]byte{1})}, []string{"name"}},
+	} {
+		req := &kmsg.MetadataRequest{Version: c.version, Topics: c.topics}
+		got := asked(req, s)
+		if slices.Sort(got); !slices.Equal(got, c.want) {
+			t.Errorf("%s: %v, want %v", name, got, c.want)
+		}
+	}
+	if !applies(cell{int16(kmsg.Metadata), 12}, "id") || applies(cell{int16(kmsg.Metadata), 9}, "id") ||
+		!applies(cell{int16(kmsg.Metadata), 1}, "null") || applies(cell{int16(kmsg.Heartbeat), 4}, "partly") {
+		t.Error("what a version can ask is not what it can")
+	}
+}
+
+func TestAScenarioSaysItsVersionsAndReleases(t *testing.T) {
+	spoken := versionRange{2, 9}
+	for text, want := range map[string][]int16{"": {2, 3, 4, 5, 6, 7, 8, 9}, "0-3": {2, 3}, "8-": {8, 9}, "0, 5": {5}, "10-": nil} {
+		got, err := (&scenario{Versions: text}).versions(spoken)
+		if err != nil || !slices.Equal(got, want) {
+			t.Errorf("versions %q: %v, %v", text, got, err)
+		}
+	}
+	for text, want := range map[string]bool{"": true, ">=4.0": true, "<4.0": false, ">=4.4.0": true, ">=4.5": false} {
+		if got, err := (&scenario{Kafka: text}).suits("4.4.0"); err != nil || got != want {
+			t.Errorf("kafka %q: %v, %v", text, got, err)
+		}
+	}
+	if _, err := (&scenario{Kafka: "4.0"}).suits("4.4.0"); err == nil {
+		t.Error("a release without a sign is taken")
+	}
+}
+
+func TestARandomRequestIsTheSameOnBothSides(t *testing.T) {
+	w := &world{names: []string{"admin", "alice"}, spoken: map[int16]versionRange{int16(kmsg.ListOffsets): {0, 9}}}
+	w.direct, w.through = &side{}, &side{}
+	seen := map[string]bool{}
+	for n := range 20 {
+		p, st := w.randomPlay(1, int16(kmsg.ListOffsets), n)
+		var bytes [2]string
+		for i := range bytes {
+			req, err := p.request(i, st)
+			if err != nil {
+				t.Fatal(err)
+			}
+			req.SetVersion(p.version)
+			bytes[i] = string(req.AppendTo(nil))
+		}
+		if bytes[0] != bytes[1] {
+			t.Fatalf("request %d differs", n)
+		}
+		seen[bytes[0]] = true
+	}
+	if len(seen) < 10 {
+		t.Errorf("20 requests are %d different ones", len(seen))
+	}
+}
