@@ -58,6 +58,7 @@ var never = map[kmsg.Key]string{
 	kmsg.SASLHandshake:        "begins a login",
 	kmsg.SASLAuthenticate:     "ends a login",
 	kmsg.UnregisterController: "no broker speaks it",
+	kmsg.ListGroups:           "the members that random requests leave behind end with the time",
 
 	kmsg.CreateDelegationToken:   tokensEnd,
 	kmsg.RenewDelegationToken:    tokensEnd,
