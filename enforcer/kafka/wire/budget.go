@@ -26,7 +26,8 @@ const (
 //
 // It is fair between owners, however many accounts they have. When it is exhausted, the owner that holds least is
 // served first, and after [budgetTurn] the owner that holds most gives way, if it holds more than the one that waits
-// would: its accounts that did not get on meanwhile are evicted, oldest first.
+// would: its accounts that did not get on meanwhile are evicted, oldest first. Whoever is slower than a pipe lets a
+// sender be gives way to all.
 type Budget struct {
 	max int64
 
@@ -252,8 +253,12 @@ func (b *Budget) makeRoom(w *waiter) {
 	}
 }
 
-// victim is the account that took its share longest ago, of the owner that holds most.
+// victim is the account that took its share longest ago, of the owner that holds most; before that, of any owner, one
+// that has held its share longer than it takes who gets on at all.
 func (b *Budget) victim(w *waiter) (victim *Account) {
+	if a := b.overdue(); a != nil {
+		return a
+	}
 	var most *owner
 	for _, o := range b.owners {
 		if most == nil || o.held-o.leaving > most.held-most.leaving {
@@ -264,10 +269,25 @@ func (b *Budget) victim(w *waiter) (victim *Account) {
 		return nil
 	}
 	for a := range most.accounts {
-		stuck := a.held > 0 && !a.evicted && a.evict != nil && time.Since(a.since) >= budgetTurn
-		if stuck && (victim == nil || a.since.Before(victim.since)) {
+		if a.stuck(budgetTurn) && (victim == nil || a.since.Before(victim.since)) {
 			victim = a
 		}
 	}
 	return victim
+}
+
+func (b *Budget) overdue() *Account {
+	for _, o := range b.owners {
+		for a := range o.accounts {
+			if a.stuck(stallTimeout + time.Duration(a.held)*time.Second/stallRate) {
+				return a
+			}
+		}
+	}
+	return nil
+}
+
+// stuck tells whether the account has held its latest share for so long, and can be evicted.
+func (a *Account) stuck(limit time.Duration) bool {
+	return a.held > 0 && !a.evicted && a.evict != nil && time.Since(a.since) >= limit
 }

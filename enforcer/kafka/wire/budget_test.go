@@ -120,6 +120,31 @@ func TestAGreedyOwnerGivesWay(t *testing.T) {
 	})
 }
 
+// Also among the connections of one owner, and where they hold the same.
+func TestASlowOneGivesWayToItsEqual(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const all = 8 << 20 // 32 s at stallRate
+		b := NewBudget(all)
+		evicted := make(chan struct{})
+		slow := holding(t, b, "same", all, func(error) { close(evicted) })
+		go func() {
+			<-evicted
+			slow.Close()
+		}()
+		got := make(chan acquired, 1)
+		time.Sleep(stallTimeout + 10*time.Second)
+		acquire(b, "same", all, got)
+		if a := <-got; !errors.Is(a.err, ErrBudget) {
+			t.Errorf("%+v, though the other may still get on", a)
+		}
+		time.Sleep(15 * time.Second)
+		acquire(b, "same", all, got)
+		if a := <-got; a.err != nil || a.at > budgetTurn {
+			t.Errorf("%+v", a)
+		}
+	})
+}
+
 func TestWhoGetsOnIsNotEvicted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := NewBudget(100)
