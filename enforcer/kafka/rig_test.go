@@ -200,6 +200,7 @@ func loopback(t testing.TB) (dialled, accepted net.Conn) {
 
 // knownTopics is a cluster whose topic ids are those it was told of.
 type knownTopics struct {
+	knownGroups
 	mu      sync.Mutex
 	names   map[authz.TopicID]string
 	resolve func([]authz.TopicID) // looks ids up; nil: finds none
@@ -213,13 +214,6 @@ func (k *knownTopics) Name(id authz.TopicID) (string, bool) {
 	name, ok := k.names[id]
 	return name, ok
 }
-
-// TopicNames, Member and what follows know of no groups.
-func (k *knownTopics) TopicNames() ([]string, uint64)          { return nil, 0 }
-func (k *knownTopics) Member(string, string) *authz.Member     { return nil }
-func (k *knownTopics) SetMember(string, string, *authz.Member) {}
-func (k *knownTopics) Relist(context.Context) error            { return nil }
-func (k *knownTopics) Recall(authz.MemberName)                 {}
 
 func (k *knownTopics) Resolve(_ context.Context, ids []authz.TopicID) error {
 	if k.resolve != nil {
