@@ -29,6 +29,7 @@ type check struct {
 var checks = []check{
 	{"produce", produces},
 	{"group", consumesInAGroup},
+	{"regex", consumesWhatItMaySee},
 	{"list", seesOnlyWhatIsPermitted},
 	{"write denied", isRefusedToWrite},
 	{"read denied", isRefusedToRead},
@@ -106,6 +107,20 @@ func consumesInAGroup(ctx context.Context, r *rig, c *client) error {
 			return o.failure("it consumed other than %d records", records)
 		}
 		return nil
+	}
+	return c.compare(strings.Split(strings.TrimSuffix(o.out, "\n"), "\n"))
+}
+
+// consumesWhatItMaySee: a regular expression stands for the topics that a member may describe.
+func consumesWhatItMaySee(ctx context.Context, r *rig, c *client) error {
+	if c.match == "" {
+		return errNotApplicable
+	}
+	call := c.call("regex", c.match)
+	call.group += "-regex"
+	o := r.run(ctx, call)
+	if o.err != nil {
+		return o.failure("it failed")
 	}
 	return c.compare(strings.Split(strings.TrimSuffix(o.out, "\n"), "\n"))
 }

@@ -23,6 +23,7 @@ type client struct {
 	produce string // one record per line of the standard input, or of {lines}
 	consume string // prints the values of {n} records of a group; see counts
 	list    string // prints the names of the topics, or groups, that it sees
+	match   string // consume by a regular expression for the broker (KIP-848), which also fits the forbidden topic
 	write   string // produces one record in the way that lets an application see a refusal; empty: produce
 	reset   string // sets the offsets of a group to the earliest; for a client that does not consume
 	members string // prints topics and committed offsets of {group}; for a client that does not consume
@@ -95,6 +96,7 @@ var clients = []client{
 		obtain:      goProgram("franz-go"),
 		produce:     "{stage}/franz-go produce {brokers} {topic}",
 		consume:     "{stage}/franz-go consume {brokers} {topic} {group} {n}",
+		match:       "{stage}/franz-go match {brokers} {topic}|" + forbidden + " {group} {n}",
 		list:        "{stage}/franz-go list {brokers}",
 		denied:      regexp.MustCompile(`TOPIC_AUTHORIZATION_FAILED`),
 		unreachable: regexp.MustCompile(`unable to dial|connection reset|broken pipe|EOF|broker closed`),

@@ -36,6 +36,11 @@ func compileTopics(expr string) (*topicRegex, *regexError) {
 	if err != nil {
 		return nil, &regexError{re2jError(err), expr}
 	}
+	for i, name := range re.SubexpNames() {
+		if name != "" && re.SubexpIndex(name) != i { // which Go allows
+			return nil, &regexError{"duplicate capture group name", expr}
+		}
+	}
 	re.Longest()
 	return &topicRegex{re}, nil
 }
@@ -59,24 +64,24 @@ func (e *regexError) Error() string {
 	return fmt.Sprintf(format, "…", e.description)
 }
 
-// re2jError is the description of a syntax error as re2j has it, where its words are others.
+// re2jError is the description of a syntax error as re2j has it, which has one of Go's in other words.
 func re2jError(err error) string {
 	var e *syntax.Error
-	if !errors.As(err, &e) {
-		return err.Error()
-	}
 	switch {
+	case !errors.As(err, &e):
+		return err.Error()
 	case e.Code == syntax.ErrUnexpectedParen:
 		return "regexp/syntax: internal error"
-	case e.Code == syntax.ErrInvalidNamedCapture && !strings.HasPrefix(e.Expr, "("):
-		return "duplicate capture group name"
 	}
 	return e.Code.String()
 }
 
 // regexSize is about how many instructions the expression has, repetitions written out.
 func regexSize(re *syntax.Regexp) int {
-	size := 1 + len(re.Rune)
+	size := 1
+	if re.Op == syntax.OpLiteral {
+		size = len(re.Rune)
+	}
 	for _, sub := range re.Sub {
 		size += regexSize(sub)
 	}

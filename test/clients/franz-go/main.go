@@ -1,4 +1,5 @@
-// Command franz-go is a stock franz-go client: produce lines, consume them in a group, list topics.
+// Command franz-go is a stock franz-go client: produce lines, consume them in a group by name or by regular expression,
+// list topics.
 package main
 
 import (
@@ -17,7 +18,7 @@ import (
 )
 
 func main() {
-	operations := map[string]func([]string) error{"produce": produce, "consume": consume, "list": list}
+	operations := map[string]func([]string) error{"produce": produce, "consume": consume, "match": match, "list": list}
 	if err := operations[os.Args[1]](os.Args[2:]); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
@@ -54,12 +55,19 @@ func produce(args []string) error {
 }
 
 // consume BROKERS TOPIC GROUP N: prints the values of N records.
-func consume(args []string) error {
+func consume(args []string) error { return read(args) }
+
+// match BROKERS REGEX GROUP N: the same of all topics that match, as the broker says.
+func match(args []string) error {
+	return read(args, kgo.ConsumeRegex(), kgo.ServerSideBalancer(), kgo.Balancers(kgo.RangeBalancer()))
+}
+
+func read(args []string, opts ...kgo.Opt) error {
 	n, err := strconv.Atoi(args[3])
 	if err != nil {
 		return err
 	}
-	c, err := client(args[0], kgo.ConsumeTopics(args[1]), kgo.ConsumerGroup(args[2]))
+	c, err := client(args[0], append(opts, kgo.ConsumeTopics(args[1]), kgo.ConsumerGroup(args[2]))...)
 	if err != nil {
 		return err
 	}
