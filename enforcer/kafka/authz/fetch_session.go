@@ -2,6 +2,8 @@ package authz
 
 import (
 	"maps"
+	"math"
+	"math/rand/v2"
 	"slices"
 	"sync/atomic"
 
@@ -38,8 +40,6 @@ const (
 
 func isIncremental(epoch int32) bool { return epoch != fetchOpens && epoch != fetchWithout }
 
-// oursAlone is the id of a session that no broker knows. It is told from others by the connection.
-const oursAlone = 1
 
 // fetchPart is what the client last asked of a partition: a later grant asks the broker for just that.
 type fetchPart struct {
@@ -139,7 +139,7 @@ func (m *FetchSession) open(c *Ctx, req *kmsg.FetchRequest, judged map[string]in
 		return Verdict{Forward: &forward, Edit: m.edit(m.Answered)}
 	}
 	if session {
-		m.id.Store(oursAlone)
+		m.id.Store(1 + rand.Int32N(math.MaxInt32)) //nolint:gosec // G404: to be told from others, as a broker's
 	}
 	if ends == 0 {
 		return m.answer(req)
