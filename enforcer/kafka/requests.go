@@ -205,7 +205,7 @@ func (s *session) decide(e entry, frame []byte, view *policy.View) error {
 	e.V.keeps = weigh(ctx.Checks)
 
 	switch {
-	case v.Close != "":
+	case v.Close != "" && v.Forward == nil:
 		s.auditChecks(s.upTrail, &e.V, audit.Allow)
 		return refuse(audit.Denied, "%s", v.Close)
 	case v.Answer != nil:
@@ -253,6 +253,9 @@ func (s *session) decide(e entry, frame []byte, view *policy.View) error {
 	}
 	if err := s.send(e, frame, out); err != nil {
 		return err
+	}
+	if v.Close != "" {
+		return refuse(audit.Denied, "%s", v.Close)
 	}
 	if v.Barrier {
 		if err := s.up.Flush(); err != nil {

@@ -250,11 +250,30 @@ func TestAnAnswerOutOfTurnEndsTheConnection(t *testing.T) {
 func TestARefusedProduceWithoutAcksEndsTheConnection(t *testing.T) {
 	rig := newRig(t, ordersOnly)
 	client, broker, ended := rig.serveScripted(t)
-	client.write(requestFrame(1, produceRequest(9, 0, []byte("record"), "orders", "secret")))
+	client.write(requestFrame(1, produceRequest(9, 0, []byte("record"), "secret")))
 	if n := client.drain() + broker.drain(); n != 0 {
 		t.Errorf("client and broker got %d bytes", n)
 	}
 	rig.wantRefusal(t, ended, audit.Denied)
+}
+
+// What is allowed of such a request is written before the connection ends, as a broker does.
+func TestAPartlyRefusedProduceWithoutAcksEndsTheConnectionBehindTheRest(t *testing.T) {
+	rig := newRig(t, ordersOnly)
+	client, broker, ended := rig.serveScripted(t)
+	client.write(requestFrame(1, produceRequest(9, 0, []byte("record"), "orders", "secret")))
+	_, got := broker.request()
+	if topics := got.(*kmsg.ProduceRequest).Topics; len(topics) != 1 || topics[0].Topic != "orders" {
+		t.Errorf("the broker got %+v", topics)
+	}
+	if n := client.drain() + broker.drain(); n != 0 {
+		t.Errorf("client and broker got %d more bytes", n)
+	}
+	rig.wantRefusal(t, ended, audit.Denied)
+	lines := rig.log.find(t, func(l auditLine) bool { return l.API == "Produce" && l.Verdict == "deny" })
+	if len(lines) != 1 {
+		t.Errorf("the denials on record are %+v", lines)
+	}
 }
 
 func TestAProduceIsAuditedWithTheHashOfWhatWasSent(t *testing.T) {

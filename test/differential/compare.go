@@ -79,6 +79,7 @@ var unordered = map[string]string{
 	"Fetch.Topics":                                         "refused ones come from a map by partition",
 	"Fetch.Topics.Partitions":                              "refused ones come from a map by partition",
 	"ListConfigResources.ConfigResources":                  "the broker's",
+	"ListGroups.Groups":                                    "a map by name",
 	"Metadata.Topics":                                      "a set of names",
 	"OffsetCommit.Topics":                                  "in the order in which the broker finds their errors",
 	"Produce.Topics":                                       "a map by partition",

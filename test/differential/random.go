@@ -92,7 +92,7 @@ func (w *world) randomPlay(seed uint64, key int16, n int) (*play, *step) {
 		m := maker{rand.New(rand.NewPCG(seed, choices)), p.sides[side], p.run, nil}
 		req := kmsg.RequestForKey(key)
 		m.fill(reflect.ValueOf(req).Elem(), "")
-		tame(req)
+		tame(req, version)
 		return req, m.err
 	}
 	return p, &step{key: key, made: made}
@@ -101,12 +101,19 @@ func (w *world) randomPlay(seed uint64, key int16, n int) (*play, *step) {
 // tame takes from a request what would change the world or take its time, what kmsg writes at versions that do not have
 // it (tagged fields of Fetch), and what brokers stumble over and never answer, whoever asks: null lists of users whose
 // refusal has no place, a resource that comes twice, partitions and batches that cannot be.
-func tame(req kmsg.Request) {
+func tame(req kmsg.Request, version int16) {
 	v := reflect.ValueOf(req).Elem()
 	if f := v.FieldByName("ValidateOnly"); f.IsValid() {
 		f.SetBool(true)
 	}
 	switch req := req.(type) {
+	case *kmsg.MetadataRequest:
+		req.AllowAutoTopicCreation = false
+		if version < 4 { // which cannot say so
+			req.Topics = slices.DeleteFunc(req.Topics, func(t kmsg.MetadataRequestTopic) bool {
+				return t.Topic == nil || *t.Topic == "nowhere" || *t.Topic == "missing"
+			})
+		}
 	case *kmsg.FetchRequest:
 		req.ReplicaState = kmsg.NewFetchRequestReplicaState()
 		for i := range req.Topics {

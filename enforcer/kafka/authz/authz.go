@@ -135,6 +135,7 @@ func (c *Ctx) Topic(id TopicID) (string, bool) {
 //	Verdict{Forward: req, Edit: f}     split: forward a re-encoded part, merge the rest into the answer
 //	Verdict{Answer: resp}              our answer; the broker never hears of the request
 //	Verdict{Close: reason}             close the connection: no answer can say it (acks=0)
+//	Verdict{Forward: req, Close: r}    the same, behind a part that is owed no answer
 type Verdict struct {
 	Forward kmsg.Request
 	Edit    func(c *Ctx, broker kmsg.Response)

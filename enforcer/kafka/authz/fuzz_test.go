@@ -55,13 +55,13 @@ rules:
 			t.Errorf("the handler changed the request in place to\n%s", message.Show(req))
 		}
 		switch {
-		case v.Close != "":
+		case v.Close != "" && v.Forward == nil:
 			return
 		case v.Answer != nil:
 			overWire(t, v.Answer, version)
 			return
 		case v.Forward != nil:
-			if v.Edit == nil {
+			if v.Edit == nil && v.Close == "" {
 				t.Error("forwards a part, but merges nothing into the answer")
 			}
 			req = v.Forward

@@ -10,7 +10,7 @@ import (
 
 // produce: Topic Write, and TransactionalId Write when a batch is transactional, whatever AddPartitionsToTxn allowed
 // before (with KIP-890 a produce adds its partitions itself). With acks=0 a refusal closes the connection, as in a
-// broker, so that the producer notices.
+// broker, so that the producer notices; what is allowed is written all the same.
 func produce(c *Ctx, req *kmsg.ProduceRequest) Verdict {
 	if transactional(req) && !c.allowTxn(req.TransactionID) {
 		part := *req
@@ -24,11 +24,15 @@ func produce(c *Ctx, req *kmsg.ProduceRequest) Verdict {
 	if len(out) == 0 {
 		return Verdict{}
 	}
-	if req.Acks == 0 {
-		return refuseProduce(req, nil)
-	}
 	forward, part := *req, *req
 	forward.Topics = kept
+	if req.Acks == 0 {
+		v := refuseProduce(req, nil)
+		if len(kept) > 0 {
+			v.Forward = &forward
+		}
+		return v
+	}
 	var refused []kmsg.ProduceResponseTopic
 	for _, o := range out {
 		part.Topics = eachProduced(o.entries)

@@ -36,6 +36,9 @@ func shareFetch(c *Ctx, req *kmsg.ShareFetchRequest) Verdict {
 		return Verdict{Answer: Refuse(req, err, "")}
 	}
 	a := shareAnswer{acknowledges: acknowledges(req), renews: req.Version >= 2 && req.IsRenewAck}
+	if a.renews && (req.MaxBytes != 0 || req.MinBytes != 0 || req.MaxRecords != 0 || req.MaxWaitMillis != 0) {
+		return Verdict{Answer: Refuse(req, kerr.InvalidRequest, "")} // who renews asks for no records (KIP-1222)
+	}
 	mine := c.Share.is(*req.GroupID, *req.MemberID)
 	m, closes := c.Share, false
 	switch req.ShareSessionEpoch {
