@@ -73,13 +73,18 @@ func (s *suite) compare(ctx context.Context, groups []group) ([]result, error) {
 	return results, nil
 }
 
-// ways are the different endings of a test, without the first one if it ran again.
+// ways are the different endings of a test, without the first one if it ran again. Where it failed is none of them: a
+// test fails at another place when it is busy.
 func (r *result) ways(name string, by path) []ending {
 	var ways []ending
 	runs := r.by[by]
 	for _, ends := range runs[min(1, len(runs)-1):] {
-		if !slices.Contains(ways, ends[name]) {
-			ways = append(ways, ends[name])
+		end := ends[name]
+		if end.state == failed {
+			end.reason = ""
+		}
+		if !slices.Contains(ways, end) {
+			ways = append(ways, end)
 		}
 	}
 	slices.SortFunc(ways, func(a, b ending) int { return strings.Compare(a.state+a.reason, b.state+b.reason) })
@@ -97,6 +102,16 @@ func (r *result) states(name string, by path) string {
 		all = append(all, ends[name].state)
 	}
 	return strings.Join(all, " ")
+}
+
+// failure is where a test failed last.
+func (r *result) failure(name string, by path) string {
+	for _, ends := range slices.Backward(r.by[by]) {
+		if end := ends[name]; end.state == failed {
+			return end.reason
+		}
+	}
+	return ""
 }
 
 // unasked is why the suite skips what its flags leave out: tests that need no broker, and those with known issues.
@@ -119,14 +134,14 @@ func (r *result) verdict(name string) (ok bool, remark string) {
 	return true, "equal"
 }
 
-// report shows how each test ended.
+// report shows how each test ended, and where those that failed, be it on both paths.
 func report(results []result, setting string, out io.Writer) (c count, err error) {
 	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	row := func(columns ...string) {
 		_, werr := fmt.Fprintln(table, strings.Join(columns, "\t"))
 		err = errors.Join(err, werr)
 	}
-	var left []string
+	var left, failures []string
 	row("setting", "test", string(direct), string(node), "")
 	for _, r := range results {
 		for _, name := range r.names {
@@ -143,11 +158,21 @@ func report(results []result, setting string, out io.Writer) (c count, err error
 				c.passed++
 			}
 			row(setting, name, r.states(name, direct), r.states(name, node), remark)
+			for _, by := range []path{direct, node} {
+				if where := r.failure(name, by); where != "" {
+					failures = append(failures, fmt.Sprintf("%s %s %s: %s", setting, name, by, where))
+				}
+			}
 		}
 	}
 	if len(left) > 0 {
 		row(setting, "left out by the suite's own flags: they need no broker, or have a known issue: "+
 			strings.Join(left, " "))
 	}
-	return c, errors.Join(err, table.Flush())
+	err = errors.Join(err, table.Flush())
+	for _, f := range failures {
+		_, werr := fmt.Fprintln(out, f)
+		err = errors.Join(err, werr)
+	}
+	return c, err
 }

@@ -70,7 +70,7 @@ func (s setting) scenario() string {
 }
 
 type options struct {
-	klamm           string
+	klamm, dir      string
 	settings, tests *regexp.Regexp
 	parallel        int
 	direct, mutate  bool
@@ -91,6 +91,7 @@ func run(args []string) error {
 	}
 	flags := flag.NewFlagSet("librdkafka", flag.ContinueOnError)
 	flags.StringVar(&o.klamm, "klamm", "bin/klamm", "the klamm binary")
+	flags.StringVar(&o.dir, "dir", "", "new directory for what the tests say; if none is given, it goes when none differs")
 	flags.StringVar(&names, "settings", names, "only settings whose name matches")
 	flags.StringVar(&tests, "tests", tests, "only tests whose name matches")
 	flags.IntVar(&o.parallel, "parallel", 16, "tests at a time")
@@ -111,11 +112,8 @@ func run(args []string) error {
 }
 
 func check(ctx context.Context, o options, out io.Writer) (err error) {
-	dir, err := os.MkdirTemp("", "klamm-librdkafka-")
+	dir, err := o.makeDir()
 	if err != nil {
-		return err
-	}
-	if err := os.Chmod(dir, 0o755); err != nil { // the workload's user runs the tests in it
 		return err
 	}
 	if err := stageKafka(dir); err != nil {
@@ -133,7 +131,7 @@ func check(ctx context.Context, o options, out io.Writer) (err error) {
 		total.passed, total.failed = total.passed+c.passed, total.failed+c.failed
 	}
 	kept := fmt.Sprintf("what the tests said is in %s\n", dir)
-	if total.failed == 0 {
+	if total.failed == 0 && o.dir == "" {
 		kept, err = "", os.RemoveAll(dir)
 	}
 	_, werr := fmt.Fprintf(out, "%s%d passed, %d failed\n", kept, total.passed, total.failed)
@@ -144,6 +142,19 @@ func check(ctx context.Context, o options, out io.Writer) (err error) {
 		return fmt.Errorf("%d tests end differently through the node", total.failed)
 	}
 	return nil
+}
+
+// makeDir makes the directory of everything. The workload's user runs the tests in it.
+func (o *options) makeDir() (string, error) {
+	if o.dir != "" {
+		dir, err := filepath.Abs(o.dir)
+		return dir, errors.Join(err, os.Mkdir(dir, 0o755))
+	}
+	dir, err := os.MkdirTemp("", "klamm-librdkafka-")
+	if err != nil {
+		return "", err
+	}
+	return dir, os.Chmod(dir, 0o755)
 }
 
 func checkSetting(ctx context.Context, o options, s setting, dir string, out io.Writer) (c count, err error) {

@@ -35,7 +35,7 @@ const (
 	node   path = "node"
 )
 
-// ending is how a test ended, in the suite's words, and if it was skipped, why.
+// ending is how a test ended, in the suite's words, and if it was skipped, why, or if it failed, where.
 type ending struct{ state, reason string }
 
 const (
@@ -182,23 +182,27 @@ func readReport(dir string) (states map[string]string, err error) {
 	return states, nil
 }
 
-// whySkipped is how the suite says it; the report does not.
-var whySkipped = regexp.MustCompile(`(?m)^\S*\[(\w+) */.*SKIPPING TEST: (.*)$`)
+// What the suite says about a test, beside its report.
+var (
+	whySkipped  = regexp.MustCompile(`(?m)^\S*\[(\w+) */.*SKIPPING TEST: ([^\x1b\n]*)`)
+	whereFailed = regexp.MustCompile(`(?m)### Test "(\w+).*" failed at (\S+) .*###\n(.*)$`)
+)
 
 func (g group) endings(states map[string]string, log []byte, succeeded bool) endings {
-	reasons := map[string]string{}
+	said := map[string]string{}
 	for _, m := range whySkipped.FindAllSubmatch(log, -1) {
-		reasons[string(m[1])] = strings.TrimRight(string(m[2]), "\x1b[0m ")
+		said[skipped+string(m[1])] = strings.TrimSpace(string(m[2]))
+	}
+	for _, m := range whereFailed.FindAllSubmatch(log, -1) {
+		if name := failed + string(m[1]); said[name] == "" { // what fails then is of no interest
+			said[name] = fmt.Sprintf("%s %s", m[2], m[3])
+		}
 	}
 	ends := endings{}
 	for _, name := range g.names {
-		switch state, reported := states[name]; {
-		case !reported:
+		ends[name] = ending{states[name], said[states[name]+name]}
+		if states[name] == "" {
 			ends[name] = ending{state: aborted}
-		case state == skipped:
-			ends[name] = ending{state, reasons[name]}
-		default:
-			ends[name] = ending{state: state}
 		}
 	}
 	if !succeeded && !ends.have(failed) {

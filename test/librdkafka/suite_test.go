@@ -12,6 +12,7 @@ func TestEndingsAreReadFromReportAndLog(t *testing.T) {
 	dir := t.TempDir()
 	const report = `{ "id": "1_bare", "tests": {"<MAIN>": {"name": "<MAIN>", "state": "PASSED", "report": [ ] }, ` +
 		`"0001_a": {"name": "0001_a", "state": "PASSED", "duration": 1.5, "report": [ {"x": 1} ] }, ` +
+		`"0001_d": {"name": "0001_d", "state": "FAILED", "report": [ ] }, ` +
 		`"0001_b": {"name": "0001_b", "state": "SKIPPED", "report": [ ] }}, "tests_run": 1}`
 	if err := os.WriteFile(filepath.Join(dir, reportFile), []byte(report), 0o600); err != nil {
 		t.Fatal(err)
@@ -21,19 +22,24 @@ func TestEndingsAreReadFromReportAndLog(t *testing.T) {
 		t.Fatal(err)
 	}
 	const log = "\x1b[36m[0001_a                      /  0.000s] Setting test timeout to 30s\n" +
+		"\x1b[31m### Test \"0001_d (part: 1)\" failed at d.c:12:check() at Thu Nov 26 00:14:59 2026: ###\nno\nreally\n" +
 		"\x1b[0m\x1b[33m[0001_b                      /  0.000s] WARN: SKIPPING TEST: Not today\n\x1b[0m"
-	g := group{"0001", []string{"0001_a", "0001_b", "0001_c"}}
 	for name, c := range map[string]struct {
+		names     []string
 		succeeded bool
-		a, b, c   ending
+		want      endings
 	}{
-		"the process succeeded": {true, ending{state: passed}, ending{skipped, "Not today"}, ending{state: aborted}},
-		"the process failed":    {false, ending{state: aborted}, ending{state: aborted}, ending{state: aborted}},
+		"all is well": {[]string{"0001_a", "0001_b"}, true,
+			endings{"0001_a": {state: passed}, "0001_b": {skipped, "Not today"}}},
+		"a test failed": {[]string{"0001_a", "0001_d"}, false,
+			endings{"0001_a": {state: passed}, "0001_d": {failed, "d.c:12:check() no"}}},
+		"no test failed, but the process": {[]string{"0001_a", "0001_b"}, false,
+			endings{"0001_a": {state: aborted}, "0001_b": {state: aborted}}},
+		"a test is not in the report": {[]string{"0001_c"}, true, endings{"0001_c": {state: aborted}}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			want := endings{"0001_a": c.a, "0001_b": c.b, "0001_c": c.c}
-			if ends := g.endings(states, []byte(log), c.succeeded); !maps.Equal(ends, want) {
-				t.Errorf("%v, not %v", ends, want)
+			if ends := (group{"0001", c.names}).endings(states, []byte(log), c.succeeded); !maps.Equal(ends, c.want) {
+				t.Errorf("%v, not %v", ends, c.want)
 			}
 		})
 	}
@@ -83,6 +89,7 @@ func TestTheReportCountsWhatRan(t *testing.T) {
 		"passed on both paths":  {one(passed, ""), one(passed, ""), count{1, 0}, "equal"},
 		"failed on both paths":  {one(failed, ""), one(failed, ""), count{1, 0}, "equal"},
 		"skipped by the node":   {one(passed, ""), one(skipped, "no"), count{0, 1}, "DIFFERENT"},
+		"skipped otherwise":     {one(skipped, "no"), one(skipped, "yes"), count{0, 1}, "DIFFERENT"},
 		"skipped on both paths": {one(skipped, "no"), one(skipped, "no"), count{}, "not counted: no"},
 		"left out by flags":     {one(skipped, unasked), one(skipped, unasked), count{}, "left out"},
 		"direct only":           {one(failed, ""), nil, count{0, 1}, "direct only"},
