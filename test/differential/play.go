@@ -42,10 +42,9 @@ func (w *world) newPlay(s *scenario, version int16, user, run string) *play {
 
 // finding is a difference between two answers, and what was asked.
 type finding struct {
-	request  kmsg.Request
-	differs  []difference
-	outcomes []outcome
-	shown    [2]any
+	request kmsg.Request
+	differs []difference
+	shown   [2]any
 }
 
 // step asks both sides. It returns nil where nothing is to be seen.
@@ -79,7 +78,10 @@ func (p *play) step(st *step) (*finding, error) {
 			return nil, fmt.Errorf("ask %s as %s: %w", p.sides[i].addr, user, err)
 		}
 	}
-	f := &finding{request: requests[0], outcomes: outcomes}
+	f := &finding{request: requests[0]}
+	if outcomes[0].ended == late {
+		return nil, fmt.Errorf("the broker itself gives no answer to\n%s", message.Show(f.request))
+	}
 	if st.Unseen {
 		return f, nil
 	}
