@@ -40,7 +40,6 @@ const (
 
 func isIncremental(epoch int32) bool { return epoch != fetchOpens && epoch != fetchWithout }
 
-
 // fetchPart is what the client last asked of a partition: a later grant asks the broker for just that.
 type fetchPart struct {
 	leaderEpoch, lastEpoch, maxBytes int32
