@@ -158,11 +158,12 @@ func askProduce(r *rand.Rand, n int) question {
 	return q
 }
 
-// askInVain is a produce without acks that is refused: there is no answer to tell it by.
+// askInVain is a produce without acks of which something is refused: there is no answer to tell it by.
 func askInVain(r *rand.Rand, n int) question {
-	req := produceRequest(9, 0, nil, "orders", "secret")
+	topics := [][]string{{"secret"}, {"orders", "secret"}}[r.IntN(2)]
+	req := produceRequest(9, 0, nil, topics...)
 	req.Topics[0].Partitions[0].Records = numberedBatch(r, n)
-	return question{number: n, req: req, closes: true}
+	return question{number: n, req: req, sent: anyAllowed(topics), closes: true}
 }
 
 func askFetch(r *rand.Rand, n int) question {
