@@ -258,7 +258,11 @@ func hollow(req kmsg.Request, v reflect.Value, name string, found map[string]boo
 		v.Set(full)
 	case v.Kind() == reflect.Pointer && v.Type().Elem().Kind() == reflect.String && slices.Contains(resourceFields, name):
 		w := walker{req: req}
+		full := reflect.New(v.Type()).Elem()
+		full.Set(v)
+		v.Set(reflect.New(v.Type().Elem()))
 		found["null"] = found["null"] || w.matters(v, reflect.Zero(v.Type()))
+		v.Set(full)
 	}
 }
 
