@@ -135,6 +135,7 @@ const (
 	missingSourceTopics   = 1
 	missingInternalTopics = 3
 
+	streamsFirstEpoch         = 2 // of a group's first member, once the initial delay of its first assignment is over
 	streamsHeartbeatInterval  = 5_000
 	streamsTaskOffsetInterval = 60_000
 	streamsRecoveryLag        = 10_000
@@ -152,7 +153,7 @@ func (w *waiting) answer(c *Ctx, req *kmsg.StreamsGroupHeartbeatRequest, missing
 		status.StatusDetail = fmt.Sprintf("Source topics %s are missing.", summary(sources))
 	}
 	answer := as[*kmsg.StreamsGroupHeartbeatResponse](req.ResponseKind())
-	answer.MemberID, answer.MemberEpoch = req.MemberID, cmp.Or(req.MemberEpoch, 1)
+	answer.MemberID, answer.MemberEpoch = req.MemberID, cmp.Or(req.MemberEpoch, streamsFirstEpoch)
 	answer.HeartbeatIntervalMillis, answer.TaskOffsetIntervalMillis = streamsHeartbeatInterval, streamsTaskOffsetInterval
 	answer.AcceptableRecoveryLag = streamsRecoveryLag
 	answer.Status = []kmsg.StreamsGroupHeartbeatResponseStatus{status}

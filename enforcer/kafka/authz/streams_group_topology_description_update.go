@@ -1,15 +1,12 @@
 package authz
 
-import (
-	"github.com/twmb/franz-go/pkg/kerr"
-	"github.com/twmb/franz-go/pkg/kmsg"
-)
+import "github.com/twmb/franz-go/pkg/kmsg"
 
 // streamsGroupTopologyDescriptionUpdate: Group Read. What a member describes is its own program, for people to read:
 // Kafka looks at none of the topics in it.
 func streamsGroupTopologyDescriptionUpdate(c *Ctx, req *kmsg.StreamsGroupTopologyDescriptionUpdateRequest) Verdict {
-	if !c.AllowGroup(req.Group, kmsg.ACLOperationRead) {
-		return Verdict{Answer: Refuse(req, kerr.GroupAuthorizationFailed, "")}
+	if err := c.judgeGroup(req.Group, kmsg.ACLOperationRead); err != nil {
+		return Verdict{Answer: Refuse(req, err, "")}
 	}
 	return Verdict{}
 }
