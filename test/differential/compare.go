@@ -17,7 +17,7 @@ var volatile = map[string]string{
 	"*.ThrottleMillis":                                      "how busy the broker is",
 	"ApiVersions.FinalizedFeaturesEpoch":                    "how far the metadata log is",
 	"DescribeTransactions.TransactionStates.StartTimestamp": "when it was",
-	"Fetch.SessionID":                                       "chosen at random",
+	"Fetch.SessionID":                                       "chosen at random, but for 0",
 	"JoinGroup.MemberID":                                    "chosen at random",
 	"JoinGroup.LeaderID":                                    "chosen at random",
 	"JoinGroup.Members.MemberID":                            "chosen at random",
@@ -77,6 +77,7 @@ var unordered = map[string]string{
 	"DescribeDelegationToken.TokenDetails":                                  "the broker's",
 	"DescribeLogDirs.Dirs.Topics":                                           "the broker's",
 	"DescribeLogDirs.Dirs.Topics.Partitions":                                "the broker's",
+	"DescribeShareGroupOffsets.Groups.Topics":                               "of all topics, a map by topic",
 	"DescribeTopicPartitions.Topics":                                        "refused and unknown ones come from a set",
 	"DescribeTransactions.TransactionStates.Topics":                         "a set of partitions",
 	"DescribeTransactions.TransactionStates.Topics.Partitions":              "a set of partitions",
@@ -97,6 +98,10 @@ var unordered = map[string]string{
 	"Produce.Topics.Partitions":                                             "a map by partition",
 	"ReadShareGroupState.Topics":                                            "a map by topic id",
 	"ReadShareGroupStateSummary.Topics":                                     "a map by topic id",
+	"ShareAcknowledge.Topics":                                               "a map by partition",
+	"ShareAcknowledge.Topics.Partitions":                                    "a map by partition",
+	"ShareFetch.Topics":                                                     "a map by partition",
+	"ShareFetch.Topics.Partitions":                                          "a map by partition",
 	"WriteShareGroupState.Topics":                                           "a map by topic id",
 	"WriteTxnMarkers.Markers":                                               "a map by producer",
 	"WriteTxnMarkers.Markers.Topics":                                        "a map by partition",
@@ -166,7 +171,7 @@ func (w *viewer) fields(v reflect.Value, path string) fields {
 		case f.Type == reflect.TypeFor[kmsg.Tags]() || f.Name == "Version":
 			continue
 		case isVolatile(below):
-			all = append(all, field{f.Name, hazy(v.Field(i))})
+			all = append(all, field{f.Name, hazy(below, v.Field(i))})
 		case f.Name == "ErrorCode":
 			all = append(all, field{f.Name, errorName(int16(v.Field(i).Int()))})
 		default:
@@ -183,8 +188,10 @@ func isVolatile(path string) bool {
 }
 
 // hazy is what is compared of a volatile field.
-func hazy(v reflect.Value) any {
+func hazy(path string, v reflect.Value) any {
 	switch {
+	case strings.HasSuffix(path, ".SessionID"): // 0 is none
+		return v.Int() != 0
 	case v.CanInt() && v.Type().Size() >= 4 && v.Int() < 0:
 		return "negative"
 	case v.CanInt():
@@ -307,8 +314,8 @@ func compareLists(d difference, kafka, ours []any) (all []difference) {
 
 // naming fields tell the entries of a list apart.
 var naming = []string{
-	"Topic", "TopicID", "Partition", "Group", "Name", "ResourceType", "ResourceName", "ApiKey", "NodeID", "MemberID",
-	"Key", "TransactionalID", "ProducerID", "ConfigName", "Principal", "Dir", "User", "Operation", "Host",
+	"Topic", "TopicID", "Partition", "Group", "GroupID", "Name", "ResourceType", "ResourceName", "ApiKey", "NodeID",
+	"MemberID", "Key", "TransactionalID", "ProducerID", "ConfigName", "Principal", "Dir", "User", "Operation", "Host",
 }
 
 func names(list []any) []string {

@@ -62,6 +62,9 @@ func (p *play) step(st *step) (*finding, error) {
 	if _, known := p.world.users[user]; !known {
 		return nil, fmt.Errorf("the world has no user %s", user)
 	}
+	if st.changes() {
+		return &finding{}, p.world.change(st)
+	}
 	connection := st.Connection
 	if connection != "" {
 		p.opened[[2]string{user, connection}] = true
@@ -101,7 +104,8 @@ func (p *play) ask(i int, st *step, user, connection string) (req kmsg.Request, 
 		return nil, o, err
 	}
 	req.SetVersion(p.versionOf(st))
-	for deadline := time.Now().Add(answerTimeout); ; time.Sleep(30 * time.Millisecond) {
+	asked := time.Now()
+	for deadline := asked.Add(answerTimeout); ; time.Sleep(30 * time.Millisecond) {
 		if o, err = side.exchange(user, connection, st.Anonymous, req); err != nil {
 			return req, o, err
 		}
@@ -113,6 +117,9 @@ func (p *play) ask(i int, st *step, user, connection string) (req kmsg.Request, 
 			return req, o, fmt.Errorf("%s never has what the scenario waits for; its last answer:\n%s",
 				kmsg.NameForKey(st.key), message.Show(o.answer))
 		}
+	}
+	if took := time.Since(asked); took < st.Takes {
+		return req, o, fmt.Errorf("the answer took %s, less than %s", took, st.Takes)
 	}
 	for name, path := range st.Keep {
 		v, there := find(o.answer, path)

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/twmb/franz-go/pkg/kmsg"
 	"go.yaml.in/yaml/v3"
@@ -43,6 +44,9 @@ type step struct {
 	Keep       map[string]string    // placeholder: path of a field in the answer, as in Groups.0.MemberID
 	Until      map[string]yaml.Node // path: value; asked again until the answer has it
 	Connection string               // absent: the user's own; a named one ends with the play
+	Takes      time.Duration        // the answer takes as long, or longer
+	Grant      rights               // instead of a request: user: topic, Topic Read that both sides give
+	Revoke     rights               // and take
 	Anonymous  bool                 // such a connection begins without a login
 
 	key  int16
@@ -90,6 +94,7 @@ func readScenario(file string) (*scenario, error) {
 func nameKeys(steps []step, own int16) (err error) {
 	for i := range steps {
 		st := &steps[i]
+		st.Unseen = st.Unseen || st.changes()
 		if st.key = own; st.API != "" {
 			if st.key, err = keyNamed(st.API); err != nil {
 				return err
@@ -101,6 +106,9 @@ func nameKeys(steps []step, own int16) (err error) {
 	}
 	return nil
 }
+
+// changes tells a step that has no request, but changes rights.
+func (st *step) changes() bool { return st.Grant != nil || st.Revoke != nil }
 
 func readStrictly(file string, into any) error {
 	text, err := os.ReadFile(file)

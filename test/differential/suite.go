@@ -128,6 +128,11 @@ func (s *suite) playRandom(ctx context.Context, w *world, seed uint64) error {
 // playSteps plays steps up to the first that differs. What random requests cover by chance does not count.
 func (s *suite) playSteps(p *play, name string, steps []step, counts bool) {
 	defer p.end()
+	defer func() {
+		if err := p.world.revokeAll(); err != nil {
+			s.fail(name, err)
+		}
+	}()
 	for i := range steps {
 		st := &steps[i]
 		f, err := p.step(st)

@@ -51,6 +51,8 @@ type world struct {
 	dialer      *host.Dialer // in the cgroup that the node redirects
 	node        *host.Process
 	clusters    []*kafka.Cluster
+	klamm       string                           // the binary under test
+	granted     []kmsg.CreateACLsRequestCreation // beside those of acls.txt
 }
 
 const worldDir = "world"
@@ -223,10 +225,9 @@ func (w *world) startNode(ctx context.Context, klamm string, mutate bool) error 
 	if mutate {
 		policies = "[acls.yaml, mistake.yaml]"
 	}
-	translate := exec.CommandContext(ctx, klamm, "policy", "import-acls", filepath.Join(worldDir, "acls.txt"),
-		"--super-user", "User:"+kafka.Admin, "--to", filepath.Join(w.dir, "acls.yaml"))
-	if out, err := translate.CombinedOutput(); err != nil {
-		return fmt.Errorf("%s: %w\n%s", translate, err, out)
+	w.klamm = klamm
+	if err := w.importACLs(); err != nil {
+		return err
 	}
 	metrics, err := host.FreeAddr()
 	if err != nil {
