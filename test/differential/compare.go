@@ -93,7 +93,7 @@ var unordered = map[string]string{
 	"ListTransactions.TransactionStates":                                    "a map by id",
 	"ListTransactions.UnknownStateFilters":                                  "a set",
 	"Metadata.Topics":                                                       "a set of names",
-	"OffsetCommit.Topics":                                                   "in the order in which the broker finds their errors",
+	"OffsetCommit.Topics":                                                   "as the broker finds their errors",
 	"Produce.Topics":                                                        "a map by partition",
 	"Produce.Topics.Partitions":                                             "a map by partition",
 	"ReadShareGroupState.Topics":                                            "a map by topic id",
