@@ -13,7 +13,7 @@ func ShareFetchInPlace(
 	c *Ctx, version int16, body []byte, group func(name []byte) bool, topic func(name []byte, id TopicID) bool,
 ) bool {
 	w := WalkShare(kmsg.ShareFetch, version, body)
-	if w.Bad || w.epoch == shareOpens || w.epoch == shareCloses || !c.Share.steady(w.group, w.member, c.View) ||
+	if w.Bad || w.renews || w.epoch == shareOpens || w.epoch == shareCloses || !c.Share.steady(w.group, w.member, c.View) ||
 		!group(w.group) {
 		return false
 	}
@@ -49,7 +49,7 @@ type ShareWalk struct {
 	group, member     []byte
 	epoch             int32
 	topics, partsLeft int
-	tagged            bool
+	tagged, renews    bool
 }
 
 // Acks sums up the acknowledgements of one partition.
@@ -70,7 +70,7 @@ func WalkShare(key kmsg.Key, version int16, body []byte) ShareWalk {
 		}
 	}
 	if version >= 2 {
-		w.Take(1) // is_renew_ack
+		w.renews = w.I8() != 0 // is_renew_ack
 	}
 	w.topics = w.Array(leastShareTopic)
 	return w
