@@ -1,6 +1,8 @@
 package main
 
 import (
+	"bytes"
+	"encoding/binary"
 	"fmt"
 	"maps"
 	"reflect"
@@ -78,6 +80,7 @@ var unordered = map[string]string{
 	"DescribeLogDirs.Dirs.Topics":                                           "the broker's",
 	"DescribeLogDirs.Dirs.Topics.Partitions":                                "the broker's",
 	"DescribeShareGroupOffsets.Groups.Topics":                               "of all topics, a map by topic",
+	"DescribeProducers.Topics.Partitions.ActiveProducers":                   "a map by producer",
 	"DescribeTopicPartitions.Topics":                                        "refused and unknown ones come from a set",
 	"DescribeTransactions.TransactionStates.Topics":                         "a set of partitions",
 	"DescribeTransactions.TransactionStates.Topics.Partitions":              "a set of partitions",
@@ -172,6 +175,8 @@ func (w *viewer) fields(v reflect.Value, path string) fields {
 			continue
 		case isVolatile(below):
 			all = append(all, field{f.Name, hazy(below, v.Field(i))})
+		case f.Name == "RecordBatches":
+			all = append(all, field{f.Name, w.text(string(timeless(v.Field(i).Bytes())), v.Field(i).IsNil())})
 		case f.Name == "ErrorCode":
 			all = append(all, field{f.Name, errorName(int16(v.Field(i).Int()))})
 		default:
@@ -179,6 +184,20 @@ func (w *viewer) fields(v reflect.Value, path string) fields {
 		}
 	}
 	return all
+}
+
+// timeless is batches without the times of the markers that brokers write, and the checksums of these.
+func timeless(batches []byte) []byte {
+	const header, length, crc, attributes, times, timesEnd, isControl = 61, 8, 17, 21, 27, 43, 0x20
+	batches = bytes.Clone(batches)
+	for b := batches; len(b) >= header; {
+		if b[attributes+1]&isControl != 0 {
+			clear(b[crc:attributes])
+			clear(b[times:timesEnd])
+		}
+		b = b[min(len(b), int(binary.BigEndian.Uint32(b[length:]))+length+4):]
+	}
+	return batches
 }
 
 func isVolatile(path string) bool {

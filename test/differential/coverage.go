@@ -141,14 +141,7 @@ func asked(req kmsg.Request, s *side) []string {
 }
 
 // has tells whether the cluster ever had a topic.
-func (s *side) has(topic string) bool {
-	for _, name := range s.ids {
-		if name == topic {
-			return true
-		}
-	}
-	return false
-}
+func (s *side) has(topic string) bool { return s.topics[topic] }
 
 // walker visits the lists and the names and ids of resources in a request, as far as its version has them: those whose
 // change changes the bytes. A null list or name is visited where the version can say it.
@@ -210,8 +203,20 @@ func (w *walker) matters(v, other reflect.Value) bool {
 	return !bytes.Equal(before, after)
 }
 
-// exceptions is coverage.yaml: classes that an API does not have, and why.
+// exceptions is coverage.yaml: classes that an API does not have, and why: "denied", or at some versions "denied 1-2".
 type exceptions map[string]map[string]string
+
+// has tells whether a class of a version is excepted.
+func (e exceptions) has(at cell, class string) bool {
+	for key := range e[kmsg.NameForKey(at.key)] {
+		name, versions, _ := strings.Cut(key, " ")
+		of, err := (&scenario{Versions: versions}).versions(versionRange{at.version, at.version})
+		if name == class && err == nil && len(of) > 0 {
+			return true
+		}
+	}
+	return false
+}
 
 // applies tells whether a version of an API has a class, as far as its request tells.
 func applies(at cell, class string) bool {
@@ -313,8 +318,8 @@ func (c coverage) blanks(spoken func(key, version int16) bool, except exceptions
 		for v := row.Min; v <= row.Max; v++ {
 			var missing []string
 			for _, class := range classes {
-				if _, excepted := except[name][class]; spoken(key, v) && !excepted && applies(cell{key, v}, class) &&
-					c[cell{key, v}][class] == 0 {
+				at := cell{key, v}
+				if spoken(key, v) && !except.has(at, class) && applies(at, class) && c[at][class] == 0 {
 					missing = append(missing, class)
 				}
 			}
@@ -342,12 +347,11 @@ func (c coverage) print(out io.Writer, spoken func(key, version int16) bool, exc
 				continue
 			}
 			for _, class := range classes {
-				n := c[cell{key, v}][class]
-				_, excepted := except[kmsg.NameForKey(key)][class]
-				switch {
+				at := cell{key, v}
+				switch n := c[at][class]; {
 				case n > 0:
 					fmt.Fprintf(out, "%9d", n)
-				case excepted || !applies(cell{key, v}, class):
+				case except.has(at, class) || !applies(at, class):
 					fmt.Fprintf(out, "%9s", "-")
 				default:
 					fmt.Fprintf(out, "%9s", "BLANK")

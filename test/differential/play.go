@@ -121,6 +121,11 @@ func (p *play) ask(i int, st *step, user, connection string) (req kmsg.Request, 
 	if took := time.Since(asked); took < st.Takes {
 		return req, o, fmt.Errorf("the answer took %s, less than %s", took, st.Takes)
 	}
+	if end, is := o.answer.(*kmsg.EndTxnResponse); is && end.ErrorCode == 0 {
+		if err := side.settle(req.(*kmsg.EndTxnRequest).TransactionalID); err != nil {
+			return req, o, err
+		}
+	}
 	for name, path := range st.Keep {
 		v, there := find(o.answer, path)
 		if !there {

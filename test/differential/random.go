@@ -58,6 +58,7 @@ var never = map[kmsg.Key]string{
 	kmsg.SASLHandshake:        "begins a login",
 	kmsg.SASLAuthenticate:     "ends a login",
 	kmsg.UnregisterController: "no broker speaks it",
+	kmsg.WriteTxnMarkers:      "a broker never answers those that name no partition or one twice",
 	kmsg.ListGroups:           "the members that random requests leave behind end with the time",
 
 	kmsg.CreateDelegationToken:   tokensEnd,
@@ -73,7 +74,7 @@ var byOthers = []kmsg.Key{
 	kmsg.DeleteTopics, kmsg.DeleteRecords, kmsg.DeleteGroups, kmsg.OffsetDelete, kmsg.AlterPartitionAssignments,
 	kmsg.AlterReplicaLogDirs, kmsg.AlterConfigs, kmsg.IncrementalAlterConfigs, kmsg.CreateACLs, kmsg.DeleteACLs,
 	kmsg.AlterClientQuotas, kmsg.AlterUserSCRAMCredentials, kmsg.UpdateFeatures, kmsg.UnregisterBroker,
-	kmsg.AddRaftVoter, kmsg.RemoveRaftVoter, kmsg.ElectLeaders, kmsg.WriteTxnMarkers,
+	kmsg.AddRaftVoter, kmsg.RemoveRaftVoter, kmsg.ElectLeaders,
 	kmsg.CreateTopics, kmsg.CreatePartitions,
 }
 
@@ -100,7 +101,8 @@ func (w *world) randomPlay(seed uint64, key int16, n int) (*play, *step) {
 
 // tame takes from a request what would change the world or take its time, what kmsg writes at versions that do not have
 // it (tagged fields of Fetch), and what brokers stumble over and never answer, whoever asks: null lists of users whose
-// refusal has no place, a resource that comes twice, partitions and batches that cannot be.
+// refusal has no place, a resource that comes twice, partitions and batches that cannot be, two partitions of no topic,
+// no groups.
 func tame(req kmsg.Request, version int16) {
 	v := reflect.ValueOf(req).Elem()
 	if f := v.FieldByName("ValidateOnly"); f.IsValid() {
@@ -117,6 +119,9 @@ func tame(req kmsg.Request, version int16) {
 	case *kmsg.FetchRequest:
 		req.ReplicaState = kmsg.NewFetchRequestReplicaState()
 		for i := range req.Topics {
+			if req.Topics[i].TopicID == [16]byte{} {
+				req.Topics[i].TopicID[15] = 0xff
+			}
 			for j := range req.Topics[i].Partitions {
 				p := &req.Topics[i].Partitions[j]
 				p.ReplicaDirectoryID, p.HighWatermark = [16]byte{}, math.MaxInt64
@@ -126,6 +131,17 @@ func tame(req kmsg.Request, version int16) {
 		req.Users = append([]kmsg.DescribeUserSCRAMCredentialsRequestUser{}, req.Users...)
 	case *kmsg.AlterConfigsRequest:
 		req.Resources = req.Resources[:min(len(req.Resources), 1)]
+		for i := range req.Resources {
+			oneBroker(req.Resources[i].ResourceType, &req.Resources[i].ResourceName)
+		}
+	case *kmsg.IncrementalAlterConfigsRequest:
+		for i := range req.Resources {
+			oneBroker(req.Resources[i].ResourceType, &req.Resources[i].ResourceName)
+		}
+	case *kmsg.OffsetFetchRequest:
+		if len(req.Groups) == 0 {
+			req.Groups = []kmsg.OffsetFetchRequestGroup{{Group: "readers", MemberEpoch: -1}}
+		}
 	case *kmsg.ProduceRequest:
 		for i := range req.Topics {
 			for j := range req.Topics[i].Partitions {
@@ -142,6 +158,13 @@ func tame(req kmsg.Request, version int16) {
 		if f := v.FieldByName(name); f.IsValid() {
 			f.SetInt(6000)
 		}
+	}
+}
+
+// oneBroker gives a broker's settings a number for a name: what any other is depends on the release.
+func oneBroker(t kmsg.ConfigResourceType, name *string) {
+	if t == kmsg.ConfigResourceTypeBroker {
+		*name = "1"
 	}
 }
 

@@ -13,17 +13,19 @@ import (
 
 // side is one of the clusters, as its clients know it.
 type side struct {
-	world *world
-	addr  string
-	host  string
-	dial  func(from, to string) (net.Conn, error)
-	conns map[string]*conn
-	ids   map[[16]byte]string // all that topics ever had
+	world  *world
+	addr   string
+	host   string
+	dial   func(from, to string) (net.Conn, error)
+	conns  map[string]*conn
+	ids    map[[16]byte]string // all that topics ever had, or would have had
+	topics map[string]bool     // all that there ever were
 }
 
 func newSide(w *world, addr string, dial func(from, to string) (net.Conn, error)) *side {
 	host, _, _ := net.SplitHostPort(addr) // it has both by construction
-	return &side{world: w, addr: addr, host: host, dial: dial, conns: map[string]*conn{}, ids: map[[16]byte]string{}}
+	return &side{world: w, addr: addr, host: host, dial: dial, conns: map[string]*conn{}, ids: map[[16]byte]string{},
+		topics: map[string]bool{}}
 }
 
 // dialDirect connects from this process, which nothing redirects.
@@ -96,6 +98,18 @@ func (s *side) ask(req kmsg.Request) (kmsg.Response, error) {
 	return o.answer, nil
 }
 
+// settle waits until a transaction has ended: its markers are written behind the answer, and offsets depend on them.
+func (s *side) settle(transaction string) error {
+	return await(func() (bool, error) {
+		resp, err := s.ask(&kmsg.DescribeTransactionsRequest{TransactionalIDs: []string{transaction}})
+		if err != nil {
+			return false, err
+		}
+		state := resp.(*kmsg.DescribeTransactionsResponse).TransactionStates[0].State
+		return state != "Ongoing" && !strings.HasPrefix(state, "Prepare"), nil
+	})
+}
+
 // learn takes up the ids of all topics.
 func (s *side) learn() error {
 	resp, err := s.ask(&kmsg.MetadataRequest{Version: 12})
@@ -103,7 +117,7 @@ func (s *side) learn() error {
 		return err
 	}
 	for _, t := range resp.(*kmsg.MetadataResponse).Topics {
-		s.ids[t.TopicID] = *t.Topic
+		s.ids[t.TopicID], s.topics[*t.Topic] = *t.Topic, true
 	}
 	return nil
 }
@@ -118,7 +132,7 @@ func (s *side) id(topic string) (found [16]byte, err error) {
 	if t.ErrorCode != 0 {
 		return found, fmt.Errorf("the cluster has no topic %s", topic)
 	}
-	s.ids[t.TopicID] = topic
+	s.ids[t.TopicID], s.topics[topic] = topic, true
 	return t.TopicID, nil
 }
 

@@ -85,7 +85,7 @@ func TestNoErrorCodeAndNoIdentifierIsOnTheListOfDifferences(t *testing.T) {
 }
 
 func TestWhatARequestAsks(t *testing.T) {
-	s := &side{ids: map[[16]byte]string{{1}: "orders"}}
+	s := &side{ids: map[[16]byte]string{{1}: "orders"}, topics: map[string]bool{"orders": true}}
 	topic := func(name string, id [16]byte) kmsg.MetadataRequestTopic {
 		t := kmsg.MetadataRequestTopic{TopicID: id}
 		if name != "" {

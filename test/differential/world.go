@@ -28,8 +28,9 @@ type people map[string]struct {
 
 // brokers is an entry of world/brokers.yaml: properties of brokers of these versions.
 type brokers struct {
-	Kafka  string
-	Config map[string]string
+	Kafka   string
+	Config  map[string]string
+	Without []string // APIs that are not asked
 }
 
 // world is what requests are asked of: three clusters of one version of Kafka and a node.
@@ -43,6 +44,7 @@ type world struct {
 	users       people
 	names       []string // of users, the super user first
 	spoken      map[int16]versionRange
+	without     []string // APIs that are not asked
 	direct      *side
 	through     *side
 	throughACLs *side
@@ -149,6 +151,7 @@ func (w *world) config() (map[string]string, error) {
 		}
 		if suits {
 			maps.Copy(config, b.Config)
+			w.without = append(w.without, b.Without...)
 		}
 	}
 	return config, nil
@@ -276,7 +279,9 @@ func (w *world) furnish() error {
 		return err
 	}
 	for _, k := range versions.(*kmsg.ApiVersionsResponse).ApiKeys {
-		w.spoken[k.ApiKey] = versionRange{k.MinVersion, k.MaxVersion}
+		if !slices.Contains(w.without, kmsg.NameForKey(k.ApiKey)) {
+			w.spoken[k.ApiKey] = versionRange{k.MinVersion, k.MaxVersion}
+		}
 	}
 	var steps []step
 	if err := readStrictly(filepath.Join(worldDir, "furniture.yaml"), &steps); err != nil {
