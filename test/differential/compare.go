@@ -188,12 +188,13 @@ func (w *viewer) fields(v reflect.Value, path string) fields {
 
 // timeless is batches without the times of the markers that brokers write, and the checksums of these.
 func timeless(batches []byte) []byte {
-	const header, length, crc, attributes, times, timesEnd, isControl = 61, 8, 17, 21, 27, 43, 0x20
+	const length, crc, attributes, times, timesEnd, isControl = 8, 17, 21, 27, 43, 0x20
 	batches = bytes.Clone(batches)
-	for b := batches; len(b) >= header; {
-		if b[attributes+1]&isControl != 0 {
-			clear(b[crc:attributes])
-			clear(b[times:timesEnd])
+	for b := batches; len(b) > length+4; {
+		blank := func(from, to int) { clear(b[min(from, len(b)):min(to, len(b))]) } // the last one may be cut off
+		if len(b) <= attributes+1 || b[attributes+1]&isControl != 0 {
+			blank(crc, attributes)
+			blank(times, timesEnd)
 		}
 		b = b[min(len(b), int(binary.BigEndian.Uint32(b[length:]))+length+4):]
 	}
