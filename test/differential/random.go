@@ -132,11 +132,11 @@ func tame(req kmsg.Request, version int16) {
 	case *kmsg.AlterConfigsRequest:
 		req.Resources = req.Resources[:min(len(req.Resources), 1)]
 		for i := range req.Resources {
-			oneBroker(req.Resources[i].ResourceType, &req.Resources[i].ResourceName)
+			notBrokers(&req.Resources[i].ResourceType)
 		}
 	case *kmsg.IncrementalAlterConfigsRequest:
 		for i := range req.Resources {
-			oneBroker(req.Resources[i].ResourceType, &req.Resources[i].ResourceName)
+			notBrokers(&req.Resources[i].ResourceType)
 		}
 	case *kmsg.OffsetFetchRequest:
 		if len(req.Groups) == 0 {
@@ -161,10 +161,10 @@ func tame(req kmsg.Request, version int16) {
 	}
 }
 
-// oneBroker gives a broker's settings a number for a name: what any other is depends on the release.
-func oneBroker(t kmsg.ConfigResourceType, name *string) {
-	if t == kmsg.ConfigResourceTypeBroker {
-		*name = "1"
+// notBrokers are settings of no broker: the order of checks and the words of their refusal depend on the release.
+func notBrokers(t *kmsg.ConfigResourceType) {
+	if *t == kmsg.ConfigResourceTypeBroker {
+		*t = kmsg.ConfigResourceTypeTopic
 	}
 }
 
