@@ -95,26 +95,43 @@ type Conn struct {
 	AutoCreate           bool // the cluster's brokers create topics a Metadata request names (auto.create.topics.enable)
 }
 
-// Serve enforces policy on a connection until it ends, and closes both its sides.
-func (e *Enforcer) Serve(ctx context.Context, c Conn) error {
+// Serve enforces policy on a connection until it ends, and closes both its sides. It is deep in the stack of every idle
+// connection, so what it does before and behind is done elsewhere.
+func (e *Enforcer) Serve(ctx context.Context, c *Conn) error {
 	started := time.Now()
+	if err := e.opened(c); err != nil {
+		return err
+	}
+	return e.closed(c, started, kafka.Serve(ctx, &e.kafka, e.session(c)))
+}
+
+// opened puts on record that a connection begins, or closes it.
+func (e *Enforcer) opened(c *Conn) error {
 	trail := e.audit.Trail(c.subject())
 	trail.Line("connection", audit.Allow).Str("state", "open").Send()
-	if err := trail.Flush(); err != nil {
+	err := trail.Flush()
+	if err != nil {
 		e.kafka.Metrics.Refuse(audit.AuditFailed)
 		_ = c.Downstream.Close()
 		_ = c.Upstream.Close()
-		return err
 	}
+	return err
+}
+
+func (e *Enforcer) session(c *Conn) *kafka.Conn {
 	subject := policy.Subject{Cluster: c.Cluster}
 	if host, ok := c.Upstream.LocalAddr().(*net.TCPAddr); ok {
 		subject.Host = host.AddrPort().Addr().Unmap() // what the broker sees, and would have seen without us
 	}
-	err := kafka.Serve(ctx, &e.kafka, kafka.Conn{Client: c.Downstream, Broker: c.Upstream, Cluster: c.Kafka,
+	return &kafka.Conn{Client: c.Downstream, Broker: c.Upstream, Cluster: c.Kafka,
 		Workload: c.Workload, Login: c.Login, AsWorkload: c.AsWorkload, AutoCreate: c.AutoCreate, Policy: subject,
-		Audit: e.audit, Subject: c.subject()})
+		Audit: e.audit, Subject: c.subject()}
+}
+
+// closed puts on record that a connection has ended, and how.
+func (e *Enforcer) closed(c *Conn, started time.Time, err error) error {
 	c.Identity = *c.Workload.Identity()
-	trail.Become(c.subject())
+	trail := e.audit.Trail(c.subject())
 	line := trail.Line("connection", audit.Allow).Str("state", "closed").Dur("duration_ms", time.Since(started))
 	if errors.Is(err, kafka.ErrDrained) {
 		line, err = line.Bool("drained", true), nil

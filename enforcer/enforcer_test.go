@@ -57,7 +57,7 @@ func TestTheLastLineOfADrainedConnectionSaysSo(t *testing.T) {
 	}()
 	ended := make(chan error, 1)
 	go func() {
-		ended <- e.Serve(t.Context(), Conn{Client: Client{ID: "1", Destination: netip.MustParseAddrPort("127.0.0.1:9092")},
+		ended <- e.Serve(t.Context(), &Conn{Client: Client{ID: "1", Destination: netip.MustParseAddrPort("127.0.0.1:9092")},
 			Downstream: downstream, Upstream: upstream, Workload: nobody{}, Kafka: noTopics{}})
 	}()
 	if cut := e.Drain(t.Context(), 0); cut != 0 {

@@ -330,7 +330,7 @@ func (n *Node) terminate(ctx context.Context, client enforcer.Client, conn, brok
 		n.refuse(client, refused.reason, refused)
 		return
 	}
-	c := enforcer.Conn{Client: client, Downstream: m.Conn, Workload: workload}
+	c := &enforcer.Conn{Client: client, Downstream: m.Conn, Workload: workload}
 	if m.evidence != nil {
 		joined := spiffe.Join(workload, *m.evidence)
 		defer joined.Release()

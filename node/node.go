@@ -359,30 +359,47 @@ func (n *Node) accept(ctx context.Context) {
 
 // serve takes one redirected connection from accept to end.
 func (n *Node) serve(ctx context.Context, conn net.Conn, r bpf.Record) {
-	client := enforcer.Client{ID: strconv.FormatUint(n.ids.Add(1), 36), Destination: r.Destination()}
-	client.Identity.Process = spiffe.Process{PID: r.TGID, UID: r.UID, GID: r.GID, Comm: r.Comm.String()}
-	refuse := func(reason audit.Reason, err error) {
-		reset(conn)
-		n.refuse(client, reason, err)
-	}
+	client := newClientOf(n.ids.Add(1), r)
 	select {
 	case n.slots <- struct{}{}:
 		defer func() { <-n.slots }()
 	default:
-		refuse(audit.TooManyConnections, fmt.Errorf("%d connections are open, the limit", cap(n.slots)))
+		n.turnAway(conn, client, audit.TooManyConnections,
+			fmt.Errorf("%d connections are open, the limit", cap(n.slots)))
 		return
 	}
 	workload, err := n.identify(ctx, r)
 	if err != nil {
-		refuse(audit.NoIdentity, err)
+		n.turnAway(conn, client, audit.NoIdentity, err)
 		return
 	}
 	defer workload.Release()
+	if carry := n.reach(ctx, conn, r, client, workload); carry != nil {
+		carry()
+	}
+}
+
+func newClientOf(id uint64, r bpf.Record) *enforcer.Client {
+	client := &enforcer.Client{ID: strconv.FormatUint(id, 36), Destination: r.Destination()}
+	client.Identity.Process = spiffe.Process{PID: r.TGID, UID: r.UID, GID: r.GID, Comm: r.Comm.String()}
+	return client
+}
+
+// turnAway refuses a connection before a byte of it is read.
+func (n *Node) turnAway(conn net.Conn, client *enforcer.Client, reason audit.Reason, err error) {
+	reset(conn)
+	n.refuse(*client, reason, err)
+}
+
+// reach dials the broker and meets the client as it speaks. What it returns carries the connection to its end, or is
+// nil: it is called by serve, because what stands on the stack until then stands on that of every idle connection.
+func (n *Node) reach(ctx context.Context, conn net.Conn, r bpf.Record, client *enforcer.Client,
+	workload *spiffe.Attested) (carry func()) {
 	client.Identity = *workload.Identity()
 	destination, err := n.find(ctx, r)
 	if err != nil {
-		refuse(audit.NoCluster, err)
-		return
+		n.turnAway(conn, client, audit.NoCluster, err)
+		return nil
 	}
 	client.Cluster = destination.Config().Name
 	dialled, cancel := context.WithTimeout(ctx, n.config.Limits.DialTimeout)
@@ -390,32 +407,33 @@ func (n *Node) serve(ctx context.Context, conn net.Conn, r bpf.Record) {
 	broker, err := n.redirect.Dial(dialled, r, conn.RemoteAddr(), destination.Config().Upstream.fromClient())
 	if err != nil {
 		if ctx.Err() != nil {
-			refuse(audit.BrokerUnreachable, fmt.Errorf("the node ends: %w", err))
-			return
+			n.turnAway(conn, client, audit.BrokerUnreachable, fmt.Errorf("the node ends: %w", err))
+			return nil
 		}
 		if err := n.redirect.Down(r); err != nil {
 			n.log.Warn().Err(err).Msg("clients see a reset instead")
 		}
-		refuse(audit.BrokerUnreachable, err)
-		return
+		n.turnAway(conn, client, audit.BrokerUnreachable, err)
+		return nil
 	}
 	tcp, _ := conn.(*net.TCPConn) // as is all that is accepted
 	o, err := destination.clients.listen(ctx, tcp)
 	switch {
 	case err != nil:
 		_ = broker.Close()
-		refuse(audit.TLSHandshake, err)
+		n.turnAway(conn, client, audit.TLSHandshake, err)
+		return nil
 	case o == nil:
-		n.enforce(ctx, destination, broker, enforcer.Conn{Client: client, Downstream: conn, Workload: workload}, workload)
+		c := &enforcer.Conn{Client: *client, Downstream: conn, Workload: workload}
+		return func() { n.enforce(ctx, destination, broker, c, workload) }
 	case destination.clients.mode == TLSPassthrough:
-		n.pass(ctx, client, tcp, broker, workload, destination, o)
-	default:
-		n.terminate(ctx, client, tcp, broker, workload, destination, o)
+		return func() { n.pass(ctx, *client, tcp, broker, workload, destination, o) }
 	}
+	return func() { n.terminate(ctx, *client, tcp, broker, workload, destination, o) }
 }
 
 // enforce opens the way to the broker that was dialled, and enforces policy on c until it ends. It closes all.
-func (n *Node) enforce(ctx context.Context, d Destination, broker net.Conn, c enforcer.Conn,
+func (n *Node) enforce(ctx context.Context, d Destination, broker net.Conn, c *enforcer.Conn,
 	workload *spiffe.Attested) {
 	bounded, cancel := context.WithTimeout(ctx, n.config.Limits.DialTimeout)
 	opened, err := d.Open(bounded, broker, workload)

@@ -93,8 +93,8 @@ func newRig(t testing.TB, rules string) *rig {
 	return r
 }
 
-func (r *rig) conn(client, broker net.Conn) Conn {
-	return Conn{Client: client, Broker: broker, Cluster: r.cluster, Workload: r.who, Login: r.login,
+func (r *rig) conn(client, broker net.Conn) *Conn {
+	return &Conn{Client: client, Broker: broker, Cluster: r.cluster, Workload: r.who, Login: r.login,
 		AsWorkload: r.asWorkload, Policy: policy.Subject{Cluster: "main"}, Audit: r.audit,
 		Subject: audit.Subject{Connection: "1", Cluster: "main", Identity: *r.who.Identity()}}
 }

@@ -30,7 +30,7 @@ const (
 // meet at the queue.
 type session struct {
 	*Shared
-	conn  Conn
+	conn  *Conn
 	queue *wire.Queue[pending]
 	up    *wire.Pipe // client to broker
 	down  *wire.Pipe // broker to client
@@ -132,7 +132,7 @@ func refuse(r audit.Reason, format string, args ...any) error {
 
 // Serve enforces policy on one connection until either side ends it, and closes both. A nil error is an orderly end,
 // and ErrDrained one by Drain.
-func Serve(ctx context.Context, shared *Shared, c Conn) error {
+func Serve(ctx context.Context, shared *Shared, c *Conn) error {
 	s := newSession(ctx, shared, c)
 	s.queue = wire.NewQueue[pending](c.Client, maxInFlight, s.memory.kept)
 	s.up = wire.NewPipe(c.Client, c.Broker, s.memory.requested, onRecord(s.upTrail), nil)
@@ -165,7 +165,7 @@ func Serve(ctx context.Context, shared *Shared, c Conn) error {
 	return err
 }
 
-func newSession(ctx context.Context, shared *Shared, c Conn) *session {
+func newSession(ctx context.Context, shared *Shared, c *Conn) *session {
 	s := &session{Shared: shared, conn: c, ctx: new(authz.Ctx),
 		upTrail: c.Audit.Trail(c.Subject), downTrail: c.Audit.Trail(c.Subject)}
 	s.life, s.die = context.WithCancel(ctx)

@@ -18,14 +18,15 @@ import (
 
 // NodeOptions say what a node does. All without a remark are required.
 type NodeOptions struct {
-	Cgroup  string   // cgroup2 directory whose connects are redirected
-	Runs    string   // the cgroup in it that the node itself runs in
-	Dir     string   // where its files are written: klamm.yaml, policy.yaml, audit.log
-	Brokers []string // host:port of each
-	UID     uint32   // whose processes are spiffe://example.test/workload
-	Policy  string   // the text of the policy file
-	Metrics string   // host:port of its metrics; optional
-	More    string   // further sections of klamm.yaml; optional
+	Cgroup  string            // cgroup2 directory whose connects are redirected
+	Runs    string            // the cgroup in it that the node itself runs in
+	Dir     string            // where its files are written: klamm.yaml, policy.yaml, audit.log
+	Brokers []string          // host:port of each
+	UID     uint32            // whose processes are spiffe://example.test/workload
+	Also    map[uint32]string // further users, with their SPIFFE IDs; optional
+	Policy  string            // the text of the policy file
+	Metrics string            // host:port of its metrics; optional
+	More    string            // further sections of klamm.yaml; optional
 	// Start starts the node with the path of its klamm.yaml.
 	Start func(place kafka.Place, config string) (*Process, error)
 }
@@ -77,15 +78,20 @@ func (o *NodeOptions) write(metrics string) (config string, err error) {
 			ports = append(ports, port)
 		}
 	}
+	var also strings.Builder
+	for uid, id := range o.Also {
+		fmt.Fprintf(&also, ", {name: user-%d, spiffe-id: %q, uid: %d}", uid, id, uid)
+	}
 	config = filepath.Join(o.Dir, "klamm.yaml")
 	text := fmt.Sprintf(`node: {name: node-1, cgroup: %s, pins: "", socket: ""}
 intercept: {firewall: false, ports: [%s]}
 clusters: [{name: main, bootstrap: [%s]}]
-identities: [{name: workload, spiffe-id: "%s", uid: %d}]
+identities: [{name: workload, spiffe-id: "%s", uid: %d}%s]
 policies: [policy.yaml]
 audit: {file: audit.log}
 metrics: {listen: "%s"}
-%s`, o.Cgroup, strings.Join(ports, ", "), strings.Join(bootstrap, ", "), Workload, o.UID, metrics, o.More)
+%s`, o.Cgroup, strings.Join(ports, ", "), strings.Join(bootstrap, ", "), Workload, o.UID, also.String(),
+		metrics, o.More)
 	return config, errors.Join(os.WriteFile(config, []byte(text), 0o600),
 		os.WriteFile(filepath.Join(o.Dir, "policy.yaml"), []byte(o.Policy), 0o600))
 }

@@ -3,6 +3,7 @@
 package kafka
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -64,6 +65,7 @@ type Options struct {
 	MaxReauth  time.Duration     // connections.max.reauth.ms of the SASL listeners (KIP-368); 0: sessions do not end
 	Racks      bool              // each broker is a rack, and consumers may read from the replica of theirs (KIP-392)
 	Decisions  bool              // the authorizer logs each decision, for Cluster.Decisions
+	Heap       string            // of each broker, as -Xmx has it; empty: 256m
 	Cgroup     string            // cgroup2 directory the brokers run in; empty: the caller's
 	Dir        string            // where data and logs go; empty: a temporary directory that Stop removes
 }
@@ -238,7 +240,8 @@ func (c *Cluster) run(b *broker) error {
 		options = append(options, "-Dorg.apache.kafka.sasl.oauthbearer.allowed.urls="+c.opts.OAuth.KeySet)
 	}
 	// The broker outlives the context of the call that started it.
-	cmd := java(context.Background(), c.classes, brokerHeap, options, []string{"kafka.Kafka", b.config()})
+	heap := "-Xmx" + cmp.Or(c.opts.Heap, brokerHeap)
+	cmd := java(context.Background(), c.classes, heap, options, []string{"kafka.Kafka", b.config()})
 	cmd.Stdout, cmd.Stderr = log, log
 	if err := (Place{Cgroup: c.opts.Cgroup}).Start(cmd); err != nil {
 		return fmt.Errorf("run broker %d: %w", b.id, err)

@@ -33,7 +33,7 @@ const (
 
 const (
 	toolHeap   = "-Xmx128m"
-	brokerHeap = "-Xmx256m"
+	brokerHeap = "256m" // unless Options.Heap says otherwise
 )
 
 // Tool returns the command that runs a main class of Kafka's Java tools. Start it with [Place.Start] to choose its

@@ -189,11 +189,11 @@ func (p *Pipe) finish() error {
 }
 
 func (p *Pipe) need(n int) ([]byte, error) {
-	for p.w-p.r < n {
+	for first := true; p.w-p.r < n; first = false {
 		if err := p.Flush(); err != nil {
 			return nil, err
 		}
-		if err := p.room(n); err != nil {
+		if err := p.room(n, first); err != nil {
 			return nil, err
 		}
 		if limit := p.hurry.Load(); limit != 0 {
@@ -293,13 +293,13 @@ func (p *Pipe) Close() {
 }
 
 // room makes space for n unjudged bytes. Nothing waits to be written, so all before r is free. A buffer that does not
-// fit the next frame goes back, as does one that others wait for.
-func (p *Pipe) room(n int) error {
+// fit the next frame goes back, as does one that others wait for, before the frame is read.
+func (p *Pipe) room(n int, first bool) error {
 	share := HeldSize(n)
 	if p.r == p.w {
 		p.r, p.w = 0, 0
 	}
-	if p.buf != nil && p.share > 0 && (p.share != share || p.account.Crowded()) {
+	if p.buf != nil && p.share > 0 && (p.share != share || first && p.account.Crowded()) {
 		p.exchange(0)
 		p.account.Release(p.share)
 		p.share = 0

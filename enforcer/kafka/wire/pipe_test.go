@@ -341,6 +341,42 @@ func TestABusyPipeGivesWay(t *testing.T) {
 	}
 }
 
+// It does so once for each frame, and never in the midst of one: its memory would go to who waits for more of it.
+func TestAPipeKeepsItsShareUntilTheFrameIsThere(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const frame = 2 * BaseBuffer
+		budget := NewBudget(2 * frame)
+		src, peer := net.Pipe()
+		p := NewPipe(src, io.Discard, budget.Open("modest", nil, nil), nil, nil)
+		got := make(chan error, 1)
+		go func() {
+			_, err := p.Need(frame)
+			got <- err
+		}()
+		for at := 0; at < frame; at += frame / 8 { // in pieces
+			if _, err := peer.Write(make([]byte, frame/8)); err != nil {
+				t.Fatal(err)
+			}
+			if at == 0 { // others want more than there is
+				for range 3 {
+					go func() { _ = budget.Open("greedy", nil, nil).Acquire(frame) }() // it gets it, or not
+				}
+			}
+			synctest.Wait()
+			if n := p.account.held; n != frame {
+				t.Errorf("after %d bytes %d are held", at, n)
+			}
+		}
+		if err := <-got; err != nil {
+			t.Error(err)
+		}
+		if err := errors.Join(src.Close(), peer.Close()); err != nil {
+			t.Error(err)
+		}
+		time.Sleep(2 * budgetWait) // for the others
+	})
+}
+
 func TestALargeBufferGoesBackWhenSmallFramesFollow(t *testing.T) {
 	const large, small = 1 << 20, 1000
 	budget := NewBudget(HeldSize(large))
