@@ -45,9 +45,9 @@ verify-clients: build ## foreign Kafka clients and librdkafka's own tests throug
 	$(setup) kafka librdkafka
 	scripts/total 'go run ./test/clients' 'go run ./test/librdkafka'
 
-verify-fidelity: ## the same requests to a broker with ACLs and, through the node, to one without; needs root
-	$(setup) go kafka
-	go run ./test/differential
+verify-fidelity: build ## as a broker with ACLs answers, and with what is large, slow or lasts long; needs root
+	$(setup) kafka
+	scripts/total 'go run ./test/differential' 'go run ./test/large'
 
 verify-kgo: build ## franz-go's own integration tests, direct and through the node; needs root
 	$(setup) kafka
