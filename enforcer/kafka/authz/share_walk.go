@@ -13,8 +13,8 @@ func ShareFetchInPlace(
 	c *Ctx, version int16, body []byte, group func(name []byte) bool, topic func(name []byte, id TopicID) bool,
 ) bool {
 	w := WalkShare(kmsg.ShareFetch, version, body)
-	if w.Bad || w.renews || w.epoch == shareOpens || w.epoch == shareCloses || !c.Share.steady(w.group, w.member, c.View) ||
-		!group(w.group) {
+	if w.Bad || w.renews || w.epoch == shareOpens || w.epoch == shareCloses ||
+		!c.Share.steady(w.group, w.member, c.View) || !group(w.group) {
 		return false
 	}
 	for w.NextTopic() {
