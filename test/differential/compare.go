@@ -79,6 +79,7 @@ var unordered = map[string]string{
 	"DescribeDelegationToken.TokenDetails":                                  "the broker's",
 	"DescribeLogDirs.Dirs.Topics":                                           "the broker's",
 	"DescribeLogDirs.Dirs.Topics.Partitions":                                "the broker's",
+	"DeleteShareGroupOffsets.Topics":                                        "a map by topic",
 	"DescribeShareGroupOffsets.Groups.Topics":                               "of all topics, a map by topic",
 	"DescribeProducers.Topics.Partitions.ActiveProducers":                   "a map by producer",
 	"DescribeTopicPartitions.Topics":                                        "refused and unknown ones come from a set",
