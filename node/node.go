@@ -224,6 +224,7 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 	n.conns.Go(func() { n.watch(ctx) })
 	n.conns.Go(func() { n.guard(ctx) })
 	n.conns.Go(func() { n.issuers.Run(ctx) })
+	n.conns.Go(func() { n.followMemory(ctx) })
 	if n.nri != nil {
 		n.conns.Go(func() { n.nri.run(ctx) })
 	}

@@ -2,7 +2,7 @@
 // throttled under load, versions nobody knows, frames of 100 MiB, thousands of idle connections, slow readers, and
 // clients that want all of the node's memory. It needs root: make verify-fidelity.
 //
-// Environment: MUTATE=1 gives the node a tenth of its limits and a policy without groups, so that the run must fail.
+// Environment: MUTATE=1 gives the node a tenth of its memory and a policy without groups, so that the run must fail.
 package main
 
 import (
@@ -32,8 +32,8 @@ var checks = []check{
 	{"logins are renewed under load, no record lost or doubled (KIP-368)", renew},
 	{"throttled produces are answered in order, in one connection", throttledProduce},
 	{"throttled fetches keep their session", throttledFetch},
-	{"5,000 idle connections", idle},
 	{"300 readers at 1 KB/s hold no answers", slowReaders},
+	{"5,000 idle connections", idle},
 	{"slow readers of answers that are held give way", slowHeld},
 	{"who announces large frames gives way to others", greedy},
 	{"a produce of 100 MiB", largeProduce},

@@ -165,7 +165,7 @@ func slowReaders(ctx context.Context, w *world) (string, error) {
 		readers.Wait()
 	}()
 	var beside time.Duration
-	grown, err := w.grown(func() (err error) {
+	by, _, err := w.grown(func() (err error) {
 		if conns, err = w.slowly(w.modest, n, &readers, fetch(offset, size, large)); err != nil {
 			return err
 		}
@@ -180,12 +180,12 @@ func slowReaders(ctx context.Context, w *world) (string, error) {
 		}
 		return nil
 	})
-	found := fmt.Sprintf("%d KiB each; a produce beside them takes %v, alone %v", grown/n>>10,
+	found := fmt.Sprintf("%d KiB each; a produce beside them takes %v, alone %v", by/n>>10,
 		beside.Round(time.Microsecond), alone.Round(time.Microsecond))
 	switch {
 	case err != nil:
 		return found, err
-	case grown/n > most:
+	case by/n > most:
 		return found, fmt.Errorf("more than %d KiB each", most>>10)
 	case beside > 5*alone+5*time.Millisecond:
 		return found, errors.New("others are slowed down")

@@ -88,7 +88,7 @@ func newWorld(ctx context.Context, klamm string, mutate bool) (w *world, err err
 	policy, limits := rules, fmt.Sprintf("limits: {max-frame: %d, memory: %d}", maxFrame, memory)
 	if mutate {
 		policy = strings.ReplaceAll(rules, `{group: "orders*"`, `{group: "others"`)
-		limits = fmt.Sprintf("limits: {max-frame: %d, memory: %d}", maxFrame/10, memory/10)
+		limits = fmt.Sprintf("limits: {max-frame: %d, memory: %d}", maxFrame/20, memory/10)
 	}
 	if w.node, err = host.StartNode(ctx, host.NodeOptions{Cgroup: w.cgroup, Runs: filepath.Join(w.cgroup, "node"),
 		Dir: w.dir, Brokers: append(w.cluster.Addrs(), w.cluster.SASLAddrs()...), UID: modestUID,
@@ -197,18 +197,18 @@ func (w *world) forget() error {
 	return os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", w.node.Cmd.Process.Pid), []byte("5"), 0o200)
 }
 
-// grown runs something, and tells by how much the node's resident memory grew at most meanwhile.
-func (w *world) grown(do func() error) (int64, error) {
+// grown runs something, and tells by how much the node's resident memory grew at most meanwhile, and to what.
+func (w *world) grown(do func() error) (by, to int64, err error) {
 	if err := w.forget(); err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	before, _, err := w.resident()
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	if err := do(); err != nil {
-		return 0, err
+		return 0, 0, err
 	}
-	_, most, err := w.resident()
-	return max(0, most-before), err
+	_, to, err = w.resident()
+	return max(0, to-before), to, err
 }
