@@ -104,6 +104,7 @@ var unordered = map[string]string{
 	"ReadShareGroupStateSummary.Topics":                                     "a map by topic id",
 	"ShareAcknowledge.Topics":                                               "a map by partition",
 	"ShareAcknowledge.Topics.Partitions":                                    "a map by partition",
+	"ShareGroupDescribe.Groups.Members.Assignment.TopicPartitions":          "a map by topic id",
 	"ShareFetch.Topics":                                                     "a map by partition",
 	"ShareFetch.Topics.Partitions":                                          "a map by partition",
 	"WriteShareGroupState.Topics":                                           "a map by topic id",

@@ -230,10 +230,9 @@ func TestAnAPIThatIsHiddenIsRefusedInItsOwnFormat(t *testing.T) {
 	broker := stage.StartBroker(t)
 	n := start(t, broker.Addr(), nil)
 	conn := n.Workload(stage.OrdersUID).Dial(t, broker.Addr())
-	hidden := kmsg.NewPtrDescribeACLsRequest()
-	hidden.Version = 1
+	hidden := kmsg.NewPtrBeginQuorumEpochRequest()
 	resp, err := stage.Ask(conn, hidden)
-	answer, ok := resp.(*kmsg.DescribeACLsResponse)
+	answer, ok := resp.(*kmsg.BeginQuorumEpochResponse)
 	if err != nil || !ok || answer.ErrorCode != kerr.UnsupportedVersion.Code {
 		t.Errorf("the answer is %+v, %v", resp, err)
 	}
@@ -243,7 +242,7 @@ func TestAnAPIThatIsHiddenIsRefusedInItsOwnFormat(t *testing.T) {
 	if got := n.Refused("unsupported_version"); got != 1 {
 		t.Errorf("%d requests are counted as refused, not 1", got)
 	}
-	n.AwaitAudit(1, "it was refused", func(l stage.Line) bool { return l.API == "DescribeACLs" && l.Verdict == "deny" })
+	n.AwaitAudit(1, "it was refused", func(l stage.Line) bool { return l.API == "BeginQuorumEpoch" && l.Verdict == "deny" })
 }
 
 func TestAFrameCutAtAnyByteReachesNoBroker(t *testing.T) {
