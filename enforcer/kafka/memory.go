@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"unsafe"
 
+	"github.com/twmb/franz-go/pkg/kmsg"
+
 	"klamm/enforcer/audit"
 	"klamm/enforcer/kafka/authz"
 	"klamm/enforcer/kafka/wire"
@@ -41,6 +43,30 @@ func (c *Conn) owner() string {
 
 // evicted ends the session: it has to give way to others that wait for memory.
 func (s *session) evicted(cause error) { s.end(&Error{audit.OutOfMemory, cause}) }
+
+// maxMirror is what the mirrors of a connection's sessions take unseen by the budget: some ten thousand partitions.
+const maxMirror = 1 << 20
+
+// mirror takes what is beyond that, for as long as it lasts.
+func (s *session) mirror(key int16) error {
+	if key != int16(kmsg.Fetch) && key != int16(kmsg.ShareFetch) {
+		return nil
+	}
+	n := s.fetchSes.Weight() + s.shareSes.Weight()
+	if n <= maxMirror {
+		n = 0
+	}
+	was := s.mirrored
+	s.mirrored = n
+	if n < was {
+		s.memory.kept.Release(was - n)
+	} else if n > was {
+		if err := s.memory.kept.Acquire(n - was); err != nil {
+			return fromPipe(err, audit.OutOfMemory)
+		}
+	}
+	return nil
+}
 
 // weigh is about what checks take, in bytes of memory.
 func weigh(checks []authz.Check) int64 {

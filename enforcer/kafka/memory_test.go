@@ -17,6 +17,7 @@ import (
 
 	"klamm/enforcer/audit"
 	"klamm/enforcer/kafka/wire"
+	"klamm/enforcer/policy"
 )
 
 // party is a client of its own identity, with its session and broker, where time costs nothing.
@@ -238,6 +239,58 @@ func TestManySmallAnswersBehindOneAreBounded(t *testing.T) {
 		}
 		leave(t, p)
 	})
+}
+
+func TestNamesThatNoTopicHasAreNotRemembered(t *testing.T) {
+	var c topicCache
+	view := newRig(t, ordersOnly).shared.Policy.Load().For(policy.Subject{})
+	for i := range 100 {
+		c.get(fmt.Appendf(nil, "%0*d", maxTopicName, i), view)
+		c.get(fmt.Appendf(nil, "%0*d", maxTopicName+1, i), view)
+	}
+	if len(c.topics) != 100 {
+		t.Errorf("%d topics are remembered", len(c.topics))
+	}
+}
+
+// The mirror of a session is as large as the client makes it.
+func TestTheMirrorOfALargeFetchSessionIsCounted(t *testing.T) {
+	rig := newRig(t, ordersOnly)
+	rig.shared.Kept = wire.NewBudget(8 << 20)
+	client, broker, ended := rig.serveScripted(t)
+	req := fetchRequest(12, 0, 0, "orders")
+	part := req.Topics[0].Partitions[0]
+	widen := func(n int32) {
+		for i := range n {
+			part.Partition = i + 1
+			req.Topics[0].Partitions = append(req.Topics[0].Partitions, part)
+		}
+	}
+	ask := func() {
+		go func() { _, _ = client.Write(requestFrame(1, req)) }()
+		h, _ := broker.request()
+		broker.answer(h, req.ResponseKind())
+		client.response(1, req)
+	}
+	for _, c := range []struct {
+		partitions int32
+		counted    bool
+	}{{9000, false}, {50_000, true}, {1, false}} {
+		req = fetchRequest(12, 0, 0, "orders")
+		widen(c.partitions)
+		ask()
+		if n := rig.shared.Kept.Held(); (n > 0) != c.counted || n > 0 && n < 50_000*64 {
+			t.Errorf("with %d partitions %d bytes are held", c.partitions, n)
+		}
+	}
+	req = fetchRequest(12, 0, 0, "orders")
+	widen(200_000)
+	go func() { _, _ = client.Write(requestFrame(1, req)) }()
+	if n := client.drain() + broker.drain(); n != 0 {
+		t.Errorf("client and broker got %d bytes", n)
+	}
+	rig.wantRefusal(t, ended, audit.OutOfMemory)
+	rig.wantNothingHeld(t)
 }
 
 func TestAProduceOfTooManyPartitionsIsRefused(t *testing.T) {

@@ -201,6 +201,9 @@ func (s *session) decide(e entry, frame []byte, view *policy.View) error {
 		s.conn.Cluster.Recall(*ctx.Unmet)
 	}
 	s.fetchSes, s.shareSes = ctx.Fetch, ctx.Share
+	if err := s.mirror(h.Key); err != nil {
+		return err
+	}
 	e.V.ctx, e.V.edit = ctx, v.Edit
 	e.V.keeps = weigh(ctx.Checks)
 

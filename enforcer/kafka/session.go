@@ -56,6 +56,7 @@ type session struct {
 	ctx      *authz.Ctx // reused by requests that are decided in place
 	fetchSes *authz.FetchSession
 	shareSes *authz.ShareSession
+	mirrored int64    // what these two take of the budget
 	allowed  struct { // of requests that are decided in place
 		fetch, shareFetch func(name []byte, id authz.TopicID) bool
 		shareGroup        func(name []byte) bool

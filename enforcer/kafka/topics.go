@@ -8,8 +8,12 @@ import (
 	"klamm/enforcer/policy"
 )
 
-// maxTopics bounds a connection's memory of topics; past it the memory starts anew.
-const maxTopics = 4096
+// maxTopics bounds a connection's memory of topics; past it the memory starts anew. What no topic can be called, for
+// its length (Topic.MAX_NAME_LENGTH of Apache Kafka), is not remembered.
+const (
+	maxTopics    = 4096
+	maxTopicName = 249
+)
 
 // topic is what one loop of a connection remembers of a topic: its name as a string, and what the view says of it.
 type topic struct {
@@ -32,7 +36,9 @@ func (c *topicCache) get(name []byte, view *policy.View) (t *topic, fresh bool) 
 			c.topics = make(map[string]*topic)
 		}
 		t = &topic{name: string(name)}
-		c.topics[t.name] = t
+		if len(name) <= maxTopicName {
+			c.topics[t.name] = t
+		}
 	}
 	if t.view == view && view != nil {
 		return t, false

@@ -266,6 +266,23 @@ func (m *FetchSession) decide(key string, refused int16) {
 	}
 }
 
+// What a mirror of a session takes for each topic and partition, in bytes of memory, about.
+const (
+	mirroredTopic     = 256
+	mirroredPartition = 96
+)
+
+// Weight is about how many bytes of memory the mirror takes.
+func (m *FetchSession) Weight() (n int64) {
+	if m == nil {
+		return 0
+	}
+	for key := range m.parts {
+		n += mirroredTopic + int64(len(key))
+	}
+	return n + int64(m.total)*mirroredPartition
+}
+
 func (m *FetchSession) put(key string, r *kmsg.FetchRequestTopicPartition) *fetchPart {
 	parts := m.parts[key]
 	if parts == nil {

@@ -206,6 +206,17 @@ func (m *ShareSession) steady(group, member []byte, view *policy.View) bool {
 	return m != nil && m.group == string(group) && m.member == string(member) && len(m.refused) == 0 && m.view == view
 }
 
+// Weight is about how many bytes of memory the mirror takes.
+func (m *ShareSession) Weight() (n int64) {
+	if m == nil {
+		return 0
+	}
+	for _, parts := range m.parts {
+		n += mirroredTopic + int64(len(parts))*mirroredPartition
+	}
+	return n
+}
+
 func (m *ShareSession) has(id TopicID, partition int32) bool {
 	_, ok := m.parts[id][partition]
 	return ok
