@@ -141,6 +141,7 @@ func TestASlowReaderOfHeldAnswersDoesNotStarveOthers(t *testing.T) {
 				}
 			})
 			slow = append(slow, p)
+			time.Sleep(time.Second)
 		}
 		time.Sleep(time.Minute)
 		if n := rig.shared.Answers.Held(); n != 64<<20 {
