@@ -17,6 +17,9 @@ import (
 	"klamm/test/message"
 )
 
+// slow is longer than a scenario should take at all versions as all users.
+const slow = 15 * time.Second
+
 // suite plays and counts.
 type suite struct {
 	scenarios   []*scenario
@@ -51,8 +54,12 @@ func (s *suite) play(ctx context.Context, version string) (err error) {
 		if i == 0 || s.scenarios[i-1].key != sc.key {
 			s.progress("Kafka %s: %s", version, kmsg.NameForKey(sc.key))
 		}
+		began := time.Now()
 		if err := s.playAll(ctx, w, sc); err != nil {
 			return err
+		}
+		if took := time.Since(began); took > slow {
+			s.progress("Kafka %s: %s took %s", version, sc.name(), took.Round(time.Second))
 		}
 	}
 	for _, seed := range s.seeds {
