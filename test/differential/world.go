@@ -59,13 +59,6 @@ type world struct {
 
 const worldDir = "world"
 
-func order(name string) int {
-	if name == kafka.Admin {
-		return 0
-	}
-	return 1
-}
-
 // newWorld starts all of it and plays what is in the world's folder.
 func newWorld(ctx context.Context, version, klamm string, mutate bool) (_ *world, err error) {
 	w := &world{version: version, spoken: map[int16]versionRange{}}
@@ -77,8 +70,9 @@ func newWorld(ctx context.Context, version, klamm string, mutate bool) (_ *world
 	if err = readStrictly(filepath.Join(worldDir, "users.yaml"), &w.users); err != nil {
 		return nil, err
 	}
-	w.names = slices.Sorted(maps.Keys(w.users))
-	slices.SortStableFunc(w.names, func(a, b string) int { return order(a) - order(b) })
+	others := maps.Clone(w.users)
+	delete(others, kafka.Admin)
+	w.names = append([]string{kafka.Admin}, slices.Sorted(maps.Keys(others))...)
 	if w.dir, err = os.MkdirTemp("", "klamm-differential-"); err != nil {
 		return nil, err
 	}
