@@ -242,7 +242,9 @@ func TestAnAPIThatIsHiddenIsRefusedInItsOwnFormat(t *testing.T) {
 	if got := n.Refused("unsupported_version"); got != 1 {
 		t.Errorf("%d requests are counted as refused, not 1", got)
 	}
-	n.AwaitAudit(1, "it was refused", func(l stage.Line) bool { return l.API == "BeginQuorumEpoch" && l.Verdict == "deny" })
+	n.AwaitAudit(1, "it was refused", func(l stage.Line) bool {
+		return l.API == "BeginQuorumEpoch" && l.Verdict == "deny"
+	})
 }
 
 func TestAFrameCutAtAnyByteReachesNoBroker(t *testing.T) {
