@@ -26,6 +26,9 @@ func alterShareGroupOffsets(c *Ctx, req *kmsg.AlterShareGroupOffsetsRequest) Ver
 	forward.Topics = kept
 	var refused []kmsg.AlterShareGroupOffsetsResponseTopic
 	for _, t := range out[0].entries {
+		if len(t.Partitions) == 0 {
+			continue // a broker answers by partition
+		}
 		r := kmsg.NewAlterShareGroupOffsetsResponseTopic()
 		r.Topic = t.Topic
 		r.TopicID, _ = c.Topics.ID(t.Topic)
