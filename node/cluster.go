@@ -44,7 +44,7 @@ const (
 type pace struct {
 	refresh time.Duration // between two looks at a cluster that answers, less up to a fifth
 	retry   time.Duration // between two looks at one that does not
-	demand  time.Duration // after a look, before the next on demand
+	demand  time.Duration // after a look, before the next on demand; one for an id that the cluster had, too
 	lookups time.Duration // between two requests for topic ids
 	unknown time.Duration // an id the cluster did not have is not asked for again
 	absent  time.Duration // nor is a member its group did not have
@@ -186,8 +186,9 @@ func (c *Cluster) State() ClusterState {
 	return c.state
 }
 
-// Resolve looks topic ids up in the cluster with the node's own client. Those it does not have stay unknown, and are
-// not asked for again for some seconds. It waits until ctx ends at the latest.
+// Resolve looks topic ids up in the cluster with the node's own client, also such as are known. Those that it does not
+// have become unknown and are not asked for again for some seconds, others for one. It waits until ctx ends at the
+// latest.
 func (c *Cluster) Resolve(ctx context.Context, ids [][16]byte) error {
 	return c.resolve(ctx, c.ctx, c.client, ids)
 }

@@ -428,6 +428,37 @@ func TestTopicIDsAreLookedUpAndThenKnown(t *testing.T) {
 	}
 }
 
+func TestTheIDOfADeletedTopicIsForgottenWhenItIsAskedFor(t *testing.T) {
+	k := fake(t, kfake.NumBrokers(1), kfake.SeedTopics(1, "orders", "payouts"))
+	orders, payouts := idOf(t, k, "orders"), idOf(t, k, "payouts")
+	c := open(t, ClusterConfig{Bootstrap: k.ListenAddrs()}, ClusterOptions{})
+	known := func(want map[[16]byte]bool) {
+		t.Helper()
+		if err := c.Resolve(t.Context(), [][16]byte{orders, payouts}); err != nil {
+			t.Fatal(err)
+		}
+		for id, is := range want {
+			name, known := c.Name(id)
+			back, _ := c.ID(name)
+			if known != is || known && back != id {
+				t.Errorf("%x: %q is known: %v; want %v", id, name, known, is)
+			}
+		}
+	}
+	known(map[[16]byte]bool{orders: true, payouts: true})
+	client, err := kgo.NewClient(kgo.SeedBrokers(k.ListenAddrs()...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	name := "orders"
+	if _, err := (&kmsg.DeleteTopicsRequest{TimeoutMillis: 10_000, TopicNames: []string{name},
+		Topics: []kmsg.DeleteTopicsRequestTopic{{Topic: &name}}}).RequestWith(t.Context(), client); err != nil {
+		t.Fatal(err)
+	}
+	known(map[[16]byte]bool{orders: false, payouts: true})
+}
+
 func TestUnknownIDsDoNotStormTheBroker(t *testing.T) {
 	k := fake(t, kfake.NumBrokers(1))
 	requests, ids := asked(k)
@@ -453,8 +484,8 @@ func TestUnknownIDsDoNotStormTheBroker(t *testing.T) {
 	}
 	c.mu.Lock()
 	c.topics.mu.Lock()
-	if n := len(c.unknown); n != 1+maxLookup {
-		t.Errorf("%d unknown ids are remembered", n)
+	if n := len(c.asked); n != 1+maxLookup {
+		t.Errorf("%d ids are remembered", n)
 	}
 	c.topics.mu.Unlock()
 	c.mu.Unlock()

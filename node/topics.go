@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -18,7 +19,7 @@ const (
 	// maxTopics bounds the ids kept in memory. Beyond it all are dropped and those in use looked up again: a cluster
 	// that big has mostly deleted ones.
 	maxTopics = 200_000
-	// maxUnknown bounds the ids remembered as unknown.
+	// maxUnknown bounds the ids remembered as looked up.
 	maxUnknown = 10_000
 	// maxLookup is how many ids one request to the broker asks for. Clients that invent ids cannot make it ask for
 	// more; an id left out stays unknown for the client that asked, whose next try comes again.
@@ -33,11 +34,11 @@ type topics struct {
 	pace  pace
 	log   zerolog.Logger
 
-	mu      sync.Mutex             // of what follows, and of replacing names
-	unknown map[[16]byte]time.Time // ids the cluster did not have, until when that is believed
-	next    *lookup                // collects ids while another look-up runs
-	turn    chan struct{}          // held by the look-up that runs
-	last    time.Time              // when one last began
+	mu    sync.Mutex             // of what follows, and of replacing names
+	asked map[[16]byte]time.Time // ids that were looked up, until when what came of it is believed
+	next  *lookup                // collects ids while another look-up runs
+	turn  chan struct{}          // held by the look-up that runs
+	last  time.Time              // when one last began
 }
 
 // topicIDs is not written to once others see it.
@@ -54,7 +55,7 @@ type lookup struct {
 }
 
 func newTopics(p pace, log zerolog.Logger) *topics {
-	t := &topics{pace: p, log: log, unknown: map[[16]byte]time.Time{}, turn: make(chan struct{}, 1)}
+	t := &topics{pace: p, log: log, asked: map[[16]byte]time.Time{}, turn: make(chan struct{}, 1)}
 	t.names.Store(&topicIDs{})
 	return t
 }
@@ -94,7 +95,7 @@ func (t *topics) learn(m *kmsg.MetadataResponse) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for id := range fresh {
-		delete(t.unknown, id)
+		delete(t.asked, id)
 	}
 	t.names.Store(t.names.Load().with(fresh))
 }
@@ -121,8 +122,20 @@ func (known *topicIDs) with(fresh map[[16]byte]string) *topicIDs {
 	return next
 }
 
-// resolve looks ids up in the cluster. Those it does not have stay unknown, and are not asked for again for a while.
-// All connections share one request at a time, and a pause between two.
+// without is what is known but for ids that are no topic's any more.
+func (known *topicIDs) without(gone [][16]byte) *topicIDs {
+	next := &topicIDs{names: maps.Clone(known.names), ids: maps.Clone(known.ids)}
+	for _, id := range gone {
+		if name := next.names[id]; next.ids[name] == id {
+			delete(next.ids, name)
+		}
+		delete(next.names, id)
+	}
+	return next
+}
+
+// resolve looks ids up in the cluster, also such as are known: those it does not have become unknown. None is asked for
+// again for a while. All connections share one request at a time, and a pause between two.
 func (t *topics) resolve(ctx, clusterCtx context.Context, client *kgo.Client, ids [][16]byte) error {
 	l := t.join(ids, func(l *lookup) { go t.run(clusterCtx, client, l) })
 	if l == nil {
@@ -143,7 +156,7 @@ func (t *topics) join(ids [][16]byte, start func(*lookup)) *lookup {
 	now := time.Now()
 	var joined *lookup
 	for _, id := range ids {
-		if _, known := t.Name(id); known || id == [16]byte{} || now.Before(t.unknown[id]) {
+		if id == [16]byte{} || now.Before(t.asked[id]) {
 			continue
 		}
 		if t.next == nil {
@@ -201,13 +214,24 @@ func (t *topics) ask(ctx context.Context, client *kgo.Client, ids map[[16]byte]s
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if len(t.unknown)+len(ids) > maxUnknown {
-		clear(t.unknown)
+	if len(t.asked)+len(ids) > maxUnknown {
+		clear(t.asked)
+	}
+	var gone [][16]byte
+	for i := range m.Topics {
+		if _, known := t.Name(m.Topics[i].TopicID); known && m.Topics[i].ErrorCode == kerr.UnknownTopicID.Code {
+			gone = append(gone, m.Topics[i].TopicID)
+		}
+	}
+	if gone != nil {
+		t.names.Store(t.names.Load().without(gone))
 	}
 	for id := range ids {
-		if _, known := t.Name(id); !known {
-			t.unknown[id] = time.Now().Add(t.pace.unknown)
+		believed := t.pace.unknown
+		if _, known := t.Name(id); known {
+			believed = t.pace.demand
 		}
+		t.asked[id] = time.Now().Add(believed)
 	}
 	return nil
 }

@@ -157,7 +157,7 @@ func afterRevocation(t *testing.T, ctx *authz.Ctx, version int16) []byte {
 		return nil
 	}
 	granted := ctx.View
-	ctx.View = nil
+	ctx.View, ctx.Resolved = nil, true // for what is refused is looked up
 	authz.Table[kmsg.Fetch].Decide(ctx, fetchRequest(version, sessionID, 2))
 	ctx.View = granted
 	v := authz.Table[kmsg.Fetch].Decide(ctx, fetchRequest(version, sessionID, 3))

@@ -20,7 +20,7 @@ import (
 type Cluster interface {
 	authz.Topics
 	authz.Groups
-	// Resolve looks ids up in the cluster; those it does not have stay unknown. It may block until ctx ends.
+	// Resolve looks ids up in the cluster; those it does not have become unknown. It may block until ctx ends.
 	Resolve(ctx context.Context, ids []authz.TopicID) error
 	// Relist returns when TopicNames has a list that the cluster gave after the call. It may block until ctx ends.
 	Relist(ctx context.Context) error

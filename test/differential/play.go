@@ -34,6 +34,9 @@ var aclKeys = []kmsg.Key{kmsg.DescribeACLs, kmsg.CreateACLs, kmsg.DeleteACLs}
 
 func (w *world) newPlay(s *scenario, version int16, user, run string) *play {
 	p := &play{world: w, sides: []*side{w.direct, w.through}, user: user, version: version, run: run}
+	if s.Plain {
+		p.sides[0] = w.plain
+	}
 	if slices.Contains(aclKeys, kmsg.Key(s.key)) {
 		p.sides[1] = w.throughACLs
 	}
@@ -243,8 +246,11 @@ func (p *play) fillIn(side int, n *yaml.Node) (*yaml.Node, error) {
 }
 
 func (p *play) value(side int, name string) (string, error) {
-	if name == "run" {
+	switch name {
+	case "run":
 		return p.run, nil
+	case "side":
+		return strconv.Itoa(side), nil
 	}
 	if topic, is := strings.CutPrefix(name, "id:"); is {
 		topic = strings.ReplaceAll(topic, "${run", p.run)

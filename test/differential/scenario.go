@@ -21,6 +21,7 @@ import (
 // every user. Messages are written as package message reads them; strings may have placeholders:
 //
 //	${run}       other for each play, the same on both sides
+//	${side}      0 or 1, for what both sides ask of one cluster (Plain)
 //	${id:TOPIC}  the topic's id
 //	${NAME}      what a step before it kept
 type scenario struct {
@@ -29,6 +30,7 @@ type scenario struct {
 
 	Versions string    // "0-3", "2", "0, 4-6" or "13-"; absent: every version that the table and the broker speak
 	Kafka    string    // ">=4.0", "<4.0": only brokers of these versions
+	Plain    bool      // the reference is a broker without an authorizer: one with it fails, as the file says
 	As       []string  // absent: all users of the world
 	Request  yaml.Node // of the only step
 	Steps    []step

@@ -46,6 +46,7 @@ type world struct {
 	spoken      map[int16]versionRange
 	without     []string // APIs that are not asked
 	direct      *side
+	plain       *side // cluster B, but asked directly
 	through     *side
 	throughACLs *side
 
@@ -123,6 +124,9 @@ func (w *world) startClusters(ctx context.Context) error {
 			dial = dialDirect
 		}
 		*sides[i] = newSide(w, c.SASLAddrs()[0], dial)
+		if i == 1 {
+			w.plain = newSide(w, c.SASLAddrs()[0], dialDirect)
+		}
 		if o.Authorizer {
 			if err := load(ctx, c, acls); err != nil {
 				return err
@@ -306,7 +310,7 @@ func (w *world) speaks(key int16) bool {
 // close ends all of it.
 func (w *world) close() error {
 	var all []error
-	for _, s := range []*side{w.direct, w.through, w.throughACLs} {
+	for _, s := range []*side{w.direct, w.plain, w.through, w.throughACLs} {
 		if s != nil {
 			s.close()
 		}

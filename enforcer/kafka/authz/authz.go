@@ -51,7 +51,7 @@ type Ctx struct {
 	follower bool // the fetch is a follower's
 
 	Checks  []Check   // every decision, in the order taken
-	Missing []TopicID // ids Topic was asked for and did not know; the session looks them up and calls the handler again
+	Missing []TopicID // ids not known, or of topics refused; the session looks them up and calls the handler again
 	Stale   bool      // the list of topics must be renewed; the session has that done and calls the handler again
 	// Unmet is a member of which nothing is known. The session has it looked up, for its next heartbeat.
 	Unmet *MemberName
@@ -126,6 +126,14 @@ func (c *Ctx) Topic(id TopicID) (string, bool) {
 		c.Missing = append(c.Missing, id)
 	}
 	return name, ok
+}
+
+// doubt has the id of a topic that is refused looked up: of one that is no topic's any more a broker says just that, to
+// everybody.
+func (c *Ctx) doubt(id TopicID) {
+	if !c.Resolved {
+		c.Missing = append(c.Missing, id)
+	}
 }
 
 // Verdict is what happens to a request. Exactly one of these forms:

@@ -60,6 +60,9 @@ func (c *Ctx) judgeTopic(byID bool, name string, id TopicID, op kmsg.ACLOperatio
 		}
 	}
 	if !c.AllowTopic(name, op) {
+		if byID {
+			c.doubt(id)
+		}
 		return kerr.TopicAuthorizationFailed
 	}
 	return nil

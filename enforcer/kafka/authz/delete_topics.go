@@ -109,7 +109,9 @@ func (c *Ctx) deleteTopic(t *kmsg.DeleteTopicsRequestTopic) *kmsg.DeleteTopicsRe
 			return refuse(nil, kerr.UnknownTopicID)
 		case c.allowTopicOrCluster(name, kmsg.ACLOperationDelete):
 			return nil
-		case c.Visible(kmsg.ACLResourceTypeTopic, name, kmsg.ACLOperationDescribe):
+		}
+		c.doubt(t.TopicID)
+		if c.Visible(kmsg.ACLResourceTypeTopic, name, kmsg.ACLOperationDescribe) {
 			return refuse(&name, kerr.TopicAuthorizationFailed)
 		}
 		return refuse(nil, kerr.TopicAuthorizationFailed)

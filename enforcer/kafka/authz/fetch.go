@@ -71,6 +71,9 @@ func (c *Ctx) fetchRefusal(version int16, name string, id TopicID) int16 {
 	case !known:
 		return kerr.UnknownTopicID.Code
 	case !c.AllowTopic(name, kmsg.ACLOperationRead):
+		if version >= 13 {
+			c.doubt(id)
+		}
 		return kerr.TopicAuthorizationFailed.Code
 	}
 	return 0
