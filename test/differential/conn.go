@@ -14,8 +14,12 @@ import (
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
-// answerTimeout is longer than any request of the scenarios may take.
-const answerTimeout = 10 * time.Second
+const (
+	// answerTimeout is longer than any request of the scenarios may take.
+	answerTimeout = 10 * time.Second
+	// untilTimeout is longer than anything that they wait for may take.
+	untilTimeout = 30 * time.Second
+)
 
 // outcome is what became of a request: an answer, or why there is none.
 type outcome struct {

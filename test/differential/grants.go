@@ -33,10 +33,14 @@ func (r rights) acls() (acls []kmsg.CreateACLsRequestCreation) {
 
 // change is what a step does in place of a request.
 func (w *world) change(st *step) error {
-	if st.Grant != nil {
+	switch {
+	case st.Grant != nil:
 		return w.grant(st.Grant)
+	case st.Revoke != nil:
+		return w.revoke(st.Revoke)
+	default:
+		return w.restart()
 	}
-	return w.revoke(st.Revoke)
 }
 
 // grant gives rights on both sides: by an ACL to the reference, by the policy that says what the ACLs say to the node.

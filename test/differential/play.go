@@ -108,7 +108,7 @@ func (p *play) ask(i int, st *step, user, connection string) (req kmsg.Request, 
 	}
 	req.SetVersion(p.versionOf(st))
 	asked := time.Now()
-	for deadline := asked.Add(answerTimeout); ; time.Sleep(30 * time.Millisecond) {
+	for deadline := asked.Add(untilTimeout); ; time.Sleep(30 * time.Millisecond) {
 		if o, err = side.exchange(user, connection, st.Anonymous, req); err != nil {
 			return req, o, err
 		}
@@ -232,7 +232,8 @@ func (p *play) fillIn(side int, n *yaml.Node) (*yaml.Node, error) {
 		return &filled, nil
 	}
 	var unknown error
-	filled.Value = placeholder.ReplaceAllStringFunc(n.Value, func(text string) string {
+	text := strings.ReplaceAll(n.Value, "${run}", p.run) // which may stand in others
+	filled.Value = placeholder.ReplaceAllStringFunc(text, func(text string) string {
 		value, err := p.value(side, text[2:len(text)-1])
 		if err != nil {
 			unknown = fmt.Errorf("line %d: %w", n.Line, err)
@@ -246,14 +247,10 @@ func (p *play) fillIn(side int, n *yaml.Node) (*yaml.Node, error) {
 }
 
 func (p *play) value(side int, name string) (string, error) {
-	switch name {
-	case "run":
-		return p.run, nil
-	case "side":
+	if name == "side" {
 		return strconv.Itoa(side), nil
 	}
 	if topic, is := strings.CutPrefix(name, "id:"); is {
-		topic = strings.ReplaceAll(topic, "${run", p.run)
 		id, err := p.sides[side].id(topic)
 		return fmt.Sprintf("%x", id), err
 	}

@@ -31,6 +31,7 @@ type scenario struct {
 	Versions string    // "0-3", "2", "0, 4-6" or "13-"; absent: every version that the table and the broker speak
 	Kafka    string    // ">=4.0", "<4.0": only brokers of these versions
 	Plain    bool      // the reference is a broker without an authorizer: one with it fails, as the file says
+	Slow     bool      // not in the lean pass
 	As       []string  // absent: all users of the world
 	Request  yaml.Node // of the only step
 	Steps    []step
@@ -49,6 +50,7 @@ type step struct {
 	Takes      time.Duration        // the answer takes as long, or longer
 	Grant      rights               // instead of a request: user: topic, Topic Read that both sides give
 	Revoke     rights               // and take
+	Restart    bool                 // instead of a request: another node takes the place of the one there is
 	Anonymous  bool                 // such a connection begins without a login
 
 	key  int16
@@ -109,8 +111,8 @@ func nameKeys(steps []step, own int16) (err error) {
 	return nil
 }
 
-// changes tells a step that has no request, but changes rights.
-func (st *step) changes() bool { return st.Grant != nil || st.Revoke != nil }
+// changes tells a step that has no request, but changes the world.
+func (st *step) changes() bool { return st.Grant != nil || st.Revoke != nil || st.Restart }
 
 func readStrictly(file string, into any) error {
 	text, err := os.ReadFile(file)

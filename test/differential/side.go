@@ -83,10 +83,12 @@ func (s *side) drop(user, connection string) {
 	}
 }
 
+// close ends all connections.
 func (s *side) close() {
 	for _, c := range s.conns {
 		_ = c.Close() // nothing more is asked
 	}
+	clear(s.conns)
 }
 
 // ask asks as the super user for what the suite itself wants to know.

@@ -53,6 +53,7 @@ type world struct {
 	dir, cgroup string
 	dialer      *host.Dialer // in the cgroup that the node redirects
 	node        *host.Process
+	metrics     string // address of the node's
 	clusters    []*kafka.Cluster
 	klamm       string                           // the binary under test
 	granted     []kmsg.CreateACLsRequestCreation // beside those of acls.txt
@@ -230,8 +231,8 @@ func (w *world) startNode(ctx context.Context, klamm string, mutate bool) error 
 	if err := w.importACLs(); err != nil {
 		return err
 	}
-	metrics, err := host.FreeAddr()
-	if err != nil {
+	var err error
+	if w.metrics, err = host.FreeAddr(); err != nil {
 		return err
 	}
 	secret := filepath.Join(w.dir, "admin-password")
@@ -246,18 +247,30 @@ clusters:
 policies: %[7]s
 audit: {file: audit.log}
 metrics: {listen: %[6]q}
-`, w.cgroup, kafka.SASLPort, w.through.addr, login, w.throughACLs.addr, metrics, policies),
+`, w.cgroup, kafka.SASLPort, w.through.addr, login, w.throughACLs.addr, w.metrics, policies),
 	} {
 		if err := os.WriteFile(filepath.Join(w.dir, name), []byte(text), 0o600); err != nil {
 			return err
 		}
 	}
-	w.node, err = host.Start(kafka.Place{Cgroup: filepath.Join(w.cgroup, "node")}, klamm, "node", "-c",
+	return w.runNode(ctx)
+}
+
+func (w *world) runNode(ctx context.Context) (err error) {
+	w.node, err = host.Start(kafka.Place{Cgroup: filepath.Join(w.cgroup, "node")}, w.klamm, "node", "-c",
 		filepath.Join(w.dir, "klamm.yaml"))
 	if err != nil {
 		return err
 	}
-	return host.AwaitReady(ctx, "http://"+metrics+"/readyz")
+	return host.AwaitReady(ctx, "http://"+w.metrics+"/readyz")
+}
+
+// restart lets another node go on where one ends without a word.
+func (w *world) restart() error {
+	err := host.EndBy(w.node.Cmd, syscall.SIGKILL)
+	w.through.close()
+	w.throughACLs.close()
+	return errors.Join(err, w.runNode(context.Background()))
 }
 
 // buildKlamm builds the binary under test.

@@ -138,10 +138,13 @@ func unquote(quoted string) string {
 
 // match finds what the regular expression stands for: of the cluster's topics those that match and that the subject may
 // Describe, Kafka's internal topics among them, as the broker's TopicRegexResolver does. It is found anew when the list
-// of topics or the view is another one.
+// of topics or the view is another one. Until there is a list, it is of those that the broker has.
 func (s *Subscription) match(c *Ctx) {
 	names, edition := c.topicNames()
-	if edition == 0 || s.edition == edition && s.view == c.View {
+	switch {
+	case edition == 0 && s.edition == 0:
+		names = s.told
+	case edition == 0 || s.edition == edition && s.view == c.View:
 		return
 	}
 	re, err := compileTopics(s.regex)
