@@ -56,6 +56,26 @@ func reset(t testing.TB, c net.Conn) {
 	}
 }
 
+// halfClose ends what is sent, and not what is read.
+func halfClose(t testing.TB, c net.Conn) {
+	t.Helper()
+	if err := c.(*net.TCPConn).CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// cuts are the ways to end a connection in the middle of something, by the name of a test; large is for frames that are
+// held whole.
+var cuts = map[string]struct {
+	large int
+	end   func(testing.TB, net.Conn)
+}{
+	"reset, small":            {10, reset},
+	"reset, held whole":       {3 * wire.BaseBuffer, reset},
+	"half-closed, small":      {10, halfClose},
+	"half-closed, held whole": {3 * wire.BaseBuffer, halfClose},
+}
+
 // mixed is what a client sends, and how many of the requests go to the broker: all but the first. The fourth wants no
 // answer.
 func mixed(large int) (stream []byte, forwarded int) {
@@ -109,12 +129,12 @@ func (r *rig) wantAccountedFor(t *testing.T, reached, most int) {
 	}
 }
 
-// Whenever the client is reset: nothing of the session is left, and every request that went out is accounted for.
-func TestAResetOfTheClientAtAnyByteLeavesNothingBehind(t *testing.T) {
-	for name, large := range map[string]int{"small": 10, "held whole": 3 * wire.BaseBuffer} {
+// Whenever the client ends: nothing of the session is left, and every request that went out is accounted for.
+func TestTheEndOfTheClientAtAnyByteLeavesNothingBehind(t *testing.T) {
+	for name, c := range cuts {
 		t.Run(name, func(t *testing.T) {
 			before := runtime.NumGoroutine()
-			stream, forwarded := mixed(large)
+			stream, forwarded := mixed(c.large)
 			for cut := 0; cut <= len(stream); cut = nextCut(cut, len(stream)) {
 				rig := newRig(t, ordersOnly)
 				client, broker, ended := rig.serveScripted(t)
@@ -125,7 +145,8 @@ func TestAResetOfTheClientAtAnyByteLeavesNothingBehind(t *testing.T) {
 					reached <- n
 				}()
 				client.write(stream[:cut])
-				reset(t, client.Conn)
+				c.end(t, client.Conn)
+				_, _ = io.Copy(io.Discard, client.Conn) // of one that is closed, nothing
 				if err := end(t, ended); err != nil {
 					var refusal *Error
 					if !errors.As(err, &refusal) || refusal.Reason != audit.BadFrame {
@@ -144,8 +165,8 @@ func TestAResetOfTheClientAtAnyByteLeavesNothingBehind(t *testing.T) {
 }
 
 // The same of the broker, in the midst of its answers; what the client gets is a beginning of them, in order.
-func TestAResetOfTheBrokerAtAnyByteLeavesNothingBehind(t *testing.T) {
-	for name, large := range map[string]int{"small": 10, "held whole": 3 * wire.BaseBuffer} {
+func TestTheEndOfTheBrokerAtAnyByteLeavesNothingBehind(t *testing.T) {
+	for name, c := range cuts {
 		t.Run(name, func(t *testing.T) {
 			before := runtime.NumGoroutine()
 			stream, forwarded := mixed(10)
@@ -164,7 +185,7 @@ func TestAResetOfTheBrokerAtAnyByteLeavesNothingBehind(t *testing.T) {
 					if f, ok := resp.(*kmsg.FetchResponse); ok {
 						f.Topics[0].Partitions[0].RecordBatches = batch([]byte("record"))
 					}
-					if p, ok := resp.(*kmsg.ProduceResponse); ok && large > 1000 {
+					if p, ok := resp.(*kmsg.ProduceResponse); ok && c.large > 1000 {
 						p.Topics[0].Partitions[0].ErrorMessage = kmsg.StringPtr(string(make([]byte, 30_000)))
 						p.Topics[0].Partitions = slices.Repeat(p.Topics[0].Partitions, 5)
 					}
@@ -172,7 +193,7 @@ func TestAResetOfTheBrokerAtAnyByteLeavesNothingBehind(t *testing.T) {
 				}
 				size = len(answers)
 				broker.write(answers[:min(cut, size)])
-				reset(t, broker.Conn)
+				c.end(t, broker.Conn)
 				for i := int32(0); ; i++ {
 					b, err := client.frame()
 					if err != nil {

@@ -126,6 +126,7 @@ func (r *report) document() (string, error) {
 	for _, d := range differences {
 		fmt.Fprintf(&s, "| %s | %s |\n", strings.Join(d.Fields, ", "), d.Reason)
 	}
+	s.WriteString(documentOthers)
 	s.WriteString(documentMasked)
 	for _, field := range slices.Sorted(maps.Keys(volatile)) {
 		fmt.Fprintf(&s, "| %s | %s |\n", strings.TrimPrefix(field, "*."), volatile[field])
@@ -189,6 +190,21 @@ Never an error code, the level at which it stands, or the name or id of what it 
 
 | field | why it differs |
 | --- | --- |
+`
+
+const documentOthers = `
+## Where releases of Kafka differ among themselves, or fail
+
+Here the comparison is with the brokers that do better; a client of the others can tell.
+
+- ShareFetch and ShareAcknowledge of a topic id that nobody has: a broker with an authorizer (4.4.0) fails with
+  UNKNOWN_SERVER_ERROR for all topics asked for. klamm answers UNKNOWN_TOPIC_ID for that one, as a broker without.
+- AlterConfigs and IncrementalAlterConfigs of a broker's settings by somebody who may not: Kafka 3.9 looks at the change
+  first (INVALID_REQUEST), newer ones at the rights. So does klamm, whatever the release.
+- DescribeUserScramCredentials of all users (null) by somebody who may not: brokers fail and never answer. klamm
+  refuses it.
+- DescribeDelegationToken before version 3 does not tell who asked for a token. Who did, and is neither its owner nor a
+  renewer, does not see it there. A client that logged in by a token hears ANONYMOUS as its name in a refusal.
 `
 
 const documentMasked = `
