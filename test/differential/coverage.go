@@ -115,7 +115,7 @@ func asked(req kmsg.Request, s *side) []string {
 	found := map[string]bool{}
 	(&walker{req, func(name string, v reflect.Value) {
 		switch v.Kind() {
-		case reflect.Slice, reflect.Pointer:
+		case reflect.Slice:
 			class := "null"
 			if !v.IsNil() {
 				class = "empty"
@@ -144,7 +144,7 @@ func asked(req kmsg.Request, s *side) []string {
 func (s *side) has(topic string) bool { return s.topics[topic] }
 
 // walker visits the lists and the names and ids of resources in a request, as far as its version has them: those whose
-// change changes the bytes. A null list or name is visited where the version can say it.
+// change changes the bytes. A null list is visited where the version can say it.
 type walker struct {
 	req   kmsg.Request
 	visit func(name string, v reflect.Value)
@@ -161,10 +161,6 @@ func (w *walker) walk(v reflect.Value, name string) {
 		w.list(v, name)
 	case kind == reflect.Pointer && !v.IsNil():
 		w.walk(v.Elem(), name)
-	case kind == reflect.Pointer:
-		if slices.Contains(resourceFields, name) && w.matters(v, reflect.New(v.Type().Elem())) {
-			w.visit(name, v)
-		}
 	case kind == reflect.String:
 		if slices.Contains(resourceFields, name) && w.matters(v, reflect.ValueOf(v.String()+"x")) {
 			w.visit(name, v)
@@ -244,7 +240,7 @@ func shapeOf(at cell) map[string]bool {
 	return found
 }
 
-// hollow empties one list or name after the other.
+// hollow empties one list after the other.
 func hollow(req kmsg.Request, v reflect.Value, name string, found map[string]bool) {
 	switch {
 	case v.Kind() == reflect.Struct:
@@ -260,13 +256,6 @@ func hollow(req kmsg.Request, v reflect.Value, name string, found map[string]boo
 		found["partly"] = found["partly"] || w.matters(v, empty) && namesResources(v.Index(0), name)
 		v.Set(empty)
 		found["null"] = found["null"] || w.matters(v, null)
-		v.Set(full)
-	case v.Kind() == reflect.Pointer && v.Type().Elem().Kind() == reflect.String && slices.Contains(resourceFields, name):
-		w := walker{req: req}
-		full := reflect.New(v.Type()).Elem()
-		full.Set(v)
-		v.Set(reflect.New(v.Type().Elem()))
-		found["null"] = found["null"] || w.matters(v, reflect.Zero(v.Type()))
 		v.Set(full)
 	}
 }
@@ -319,9 +308,12 @@ func (c coverage) blanks(spoken func(key, version int16) bool, except exceptions
 			var missing []string
 			for _, class := range classes {
 				at := cell{key, v}
-				if spoken(key, v) && !except.has(at, class) && applies(at, class) && c[at][class] == 0 {
+				if spoken(key, v) && !except.has(at, class) && c.lacks(at, class) {
 					missing = append(missing, class)
 				}
+			}
+			if at := (cell{key, v}); !spoken(key, v) && !except.has(at, unspoken) {
+				missing = []string{"a broker that speaks it"}
 			}
 			if missing != nil {
 				blank = append(blank, fmt.Sprintf("%s version %d: %s", name, v, strings.Join(missing, ", ")))
@@ -329,6 +321,31 @@ func (c coverage) blanks(spoken func(key, version int16) bool, except exceptions
 		}
 	}
 	return blank
+}
+
+// unspoken is the class of what no broker here speaks.
+const unspoken = "unspoken"
+
+func (c coverage) lacks(at cell, class string) bool { return applies(at, class) && c[at][class] == 0 }
+
+// idle are exceptions of which nothing is the reason: the class was asked, or cannot be.
+func (e exceptions) idle(c coverage, spoken func(key, version int16) bool) (idle []string) {
+	for key := range int16(kmsg.MaxKey + 1) {
+		name := kmsg.NameForKey(key)
+		for text, why := range e[name] {
+			class, _, _ := strings.Cut(text, " ")
+			needed := false
+			for v := authz.Table[key].Min; v <= authz.Table[key].Max; v++ {
+				at := cell{key, v}
+				of := exceptions{name: {text: why}}
+				needed = needed || of.has(at, class) && (class == unspoken && !spoken(key, v) || spoken(key, v) && c.lacks(at, class))
+			}
+			if !needed {
+				idle = append(idle, name+": "+text)
+			}
+		}
+	}
+	return idle
 }
 
 // print prints the table.

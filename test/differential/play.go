@@ -84,6 +84,9 @@ func (p *play) step(st *step) (*finding, error) {
 			return nil, fmt.Errorf("ask %s as %s: %w", p.sides[i].addr, user, err)
 		}
 	}
+	if a, is := outcomes[0].answer.(*kmsg.ApiVersionsResponse); is {
+		cutToTable(a)
+	}
 	f := &finding{request: requests[0]}
 	if outcomes[0].ended == late {
 		return nil, fmt.Errorf("the broker itself gives no answer to\n%s", message.Show(f.request))
@@ -137,6 +140,24 @@ func (p *play) ask(i int, st *step, user, connection string) (req kmsg.Request, 
 		p.kept[i][name] = textOf(v)
 	}
 	return req, o, nil
+}
+
+// cutToTable leaves of what a broker offers what klamm knows. Clients conclude from version 0 of two APIs what a broker
+// can (KAFKA-18659, librdkafka's rdkafka_feature.c), and go on seeing it.
+func cutToTable(resp *kmsg.ApiVersionsResponse) {
+	var offered []kmsg.ApiVersionsResponseApiKey
+	for _, k := range resp.ApiKeys {
+		both := versionRange{k.MinVersion, k.MaxVersion}.within(authz.Table[k.ApiKey])
+		if both.max < both.min {
+			continue
+		}
+		if k.ApiKey != int16(kmsg.Produce) && k.ApiKey != int16(kmsg.SASLHandshake) {
+			k.MinVersion = both.min
+		}
+		k.MaxVersion = both.max
+		offered = append(offered, k)
+	}
+	resp.ApiKeys = offered
 }
 
 func (p *play) request(side int, st *step) (kmsg.Request, error) {

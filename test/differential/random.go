@@ -54,12 +54,11 @@ func readSeeds(file string) (seeds []uint64, err error) {
 
 // never are APIs without random requests, and why.
 var never = map[kmsg.Key]string{
-	kmsg.ApiVersions:          "has nothing to choose",
-	kmsg.SASLHandshake:        "begins a login",
-	kmsg.SASLAuthenticate:     "ends a login",
-	kmsg.UnregisterController: "no broker speaks it",
-	kmsg.WriteTxnMarkers:      "a broker never answers those that name no partition or one twice",
-	kmsg.ListGroups:           "the members that random requests leave behind end with the time",
+	kmsg.ApiVersions:      "has nothing to choose",
+	kmsg.SASLHandshake:    "begins a login",
+	kmsg.SASLAuthenticate: "ends a login",
+	kmsg.WriteTxnMarkers:  "a broker never answers those that name no partition or one twice",
+	kmsg.ListGroups:       "the members that random requests leave behind end with the time",
 
 	kmsg.CreateDelegationToken:   tokensEnd,
 	kmsg.RenewDelegationToken:    tokensEnd,
@@ -77,7 +76,7 @@ var byOthers = []kmsg.Key{
 	kmsg.DeleteTopics, kmsg.DeleteRecords, kmsg.DeleteGroups, kmsg.OffsetDelete, kmsg.AlterPartitionAssignments,
 	kmsg.AlterReplicaLogDirs, kmsg.AlterConfigs, kmsg.IncrementalAlterConfigs, kmsg.CreateACLs, kmsg.DeleteACLs,
 	kmsg.AlterClientQuotas, kmsg.AlterUserSCRAMCredentials, kmsg.UpdateFeatures, kmsg.UnregisterBroker,
-	kmsg.AddRaftVoter, kmsg.RemoveRaftVoter, kmsg.ElectLeaders,
+	kmsg.AddRaftVoter, kmsg.RemoveRaftVoter, kmsg.UnregisterController, kmsg.ElectLeaders,
 	kmsg.CreateTopics, kmsg.CreatePartitions,
 }
 

@@ -34,11 +34,13 @@ type suite struct {
 	plays, passed, failed int
 	coverage              coverage
 	spoken                map[string]map[int16]versionRange // by release of Kafka
-	toAdmin               map[string]any                    // what the super user saw, by version and step of the scenario
+	played                map[*scenario]bool
+	toAdmin               map[string]any // what the super user saw, by version and step of the scenario
 }
 
 func newSuite() *suite {
-	return &suite{began: time.Now(), coverage: coverage{}, spoken: map[string]map[int16]versionRange{}}
+	return &suite{began: time.Now(), coverage: coverage{}, spoken: map[string]map[int16]versionRange{},
+		played: map[*scenario]bool{}}
 }
 
 // play plays everything on one release of Kafka.
@@ -107,6 +109,7 @@ func (s *suite) playAll(ctx context.Context, w *world, sc *scenario) error {
 				return ctx.Err()
 			}
 			s.plays++
+			s.played[sc] = true
 			p := w.newPlay(sc, version, user, fmt.Sprintf("r%d", s.plays))
 			s.playSteps(p, sc.name(), sc.Steps, true)
 		}
@@ -144,7 +147,7 @@ func (s *suite) playSteps(p *play, name string, steps []step, counts bool) {
 		st := &steps[i]
 		f, err := p.step(st)
 		if err == nil {
-			f.differs = slices.DeleteFunc(f.differs, func(d difference) bool { return covers(s.differences, d) })
+			f.differs = slices.DeleteFunc(f.differs, func(d difference) bool { return covers(s.differences, name, d) })
 		}
 		if err == nil && len(f.differs) > 0 {
 			err = f
@@ -191,11 +194,21 @@ func (s *suite) finish() {
 	for _, blank := range s.coverage.blanks(s.speaks, s.except) {
 		s.fail("coverage", fmt.Errorf("nothing was asked of %s", blank))
 	}
+	for _, idle := range s.except.idle(s.coverage, s.speaks) {
+		s.fail("coverage.yaml", fmt.Errorf("%s: there is no need for it", idle))
+	}
 	fmt.Println("deliberate differences:")
 	for _, d := range s.differences {
 		fmt.Printf("  %s: %s\n", strings.Join(d.Fields, ", "), d.Reason)
-		if !d.used {
-			s.fail("differences", fmt.Errorf("%s does not differ: take it from the list", strings.Join(d.Fields, ", ")))
+		for _, f := range d.Fields {
+			if !d.used[f] {
+				s.fail("differences", fmt.Errorf("%s %s does not differ: take it from the list", d.Scenario, f))
+			}
+		}
+	}
+	for _, sc := range s.scenarios {
+		if !s.played[sc] {
+			s.fail(sc.name(), errors.New("no broker here is asked it"))
 		}
 	}
 }

@@ -58,7 +58,7 @@ func TestAnswersDifferWhereOneFieldDoes(t *testing.T) {
 				t.Errorf("they differ in %v, want %q", got, c.want)
 			}
 			closedOne := differences("Metadata", shown[0], closed)
-			if len(closedOne) != 1 || covers([]*deliberate{{Fields: []string{"Metadata"}, Reason: "x"}}, closedOne[0]) {
+			if len(closedOne) != 1 || covers([]*deliberate{{Fields: []string{"Metadata"}, Ours: "x"}}, "", closedOne[0]) {
 				t.Errorf("an answer and none: %v", closedOne)
 			}
 		})
@@ -67,12 +67,15 @@ func TestAnswersDifferWhereOneFieldDoes(t *testing.T) {
 
 func TestNoErrorCodeAndNoIdentifierIsOnTheListOfDifferences(t *testing.T) {
 	for text, ok := range map[string]bool{
-		`[{fields: [DescribeGroups.Groups.Members.ClientHost], reason: r}]`: true,
-		`[{fields: [DescribeGroups.Groups.Members.ClientHost]}]`:            false,
-		`[{fields: [Metadata.Topics.ErrorCode], reason: r}]`:                false,
-		`[{fields: [Metadata.Topics.Topic], reason: r}]`:                    false,
-		`[{fields: [Fetch.Topics.TopicID], reason: r}]`:                     false,
-		"[" + strings.Repeat(`{fields: [A.B], reason: r},`, 16) + "]":       false,
+		`[{fields: [CreateACLs.Results.ErrorMessage], ours: m, reason: r}]`:         true,
+		`[{fields: [CreateACLs.Results.ErrorMessage], ours: m}]`:                    false,
+		`[{fields: [CreateACLs.Results.ErrorMessage], reason: r}]`:                  false,
+		`[{fields: [Metadata.Topics.ErrorCode], ours: m, reason: r}]`:               false,
+		`[{fields: [Metadata.Topics.Topic], ours: m, reason: r}]`:                   false,
+		`[{fields: [Fetch.ErrorCode], scenario: a, codes: [A, B], reason: r}]`:      true,
+		`[{fields: [Fetch.ErrorCode], scenario: a, reason: r}]`:                     false,
+		`[{fields: [Fetch.Topics.TopicID], scenario: a, codes: [A, B], reason: r}]`: false,
+		"[" + strings.Repeat(`{fields: [A.B], ours: m, reason: r},`, 16) + "]":      false,
 	} {
 		file := filepath.Join(t.TempDir(), "differences.yaml")
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
@@ -80,6 +83,32 @@ func TestNoErrorCodeAndNoIdentifierIsOnTheListOfDifferences(t *testing.T) {
 		}
 		if _, err := readDifferences(file); (err == nil) != ok {
 			t.Errorf("%s: %v", text, err)
+		}
+	}
+}
+
+func TestADifferenceOnPurposeIsJustThat(t *testing.T) {
+	list := []*deliberate{
+		{Fields: []string{"A.ErrorMessage"}, Ours: "refused", used: map[string]bool{}},
+		{Fields: []string{"B.ErrorCode", "B.Topics"}, Scenario: "B/one", Codes: []string{"NONE", "BAD"}, used: map[string]bool{}},
+	}
+	for name, c := range map[string]struct {
+		scenario string
+		d        difference
+		want     bool
+	}{
+		"the text":                        {"A/any", difference{path: "A.ErrorMessage", kafka: "long", ours: "refused"}, true},
+		"another text":                    {"A/any", difference{path: "A.ErrorMessage", kafka: "long", ours: "x"}, false},
+		"a text where there is none":      {"A/any", difference{path: "A.ErrorMessage", ours: "refused"}, false},
+		"the codes":                       {"B/one", difference{path: "B.ErrorCode", kafka: "NONE", ours: "BAD"}, true},
+		"other codes":                     {"B/one", difference{path: "B.ErrorCode", kafka: "NONE", ours: "WORSE"}, false},
+		"what the code brings with it":    {"B/one", difference{path: "B.Topics", kafka: []any{1}, ours: nil}, true},
+		"the codes in another scenario":   {"B/two", difference{path: "B.ErrorCode", kafka: "NONE", ours: "BAD"}, false},
+		"the rest in another scenario":    {"B/two", difference{path: "B.Topics", kafka: []any{1}, ours: nil}, false},
+		"a field that is not on the list": {"B/one", difference{path: "B.Host", kafka: "a", ours: "b"}, false},
+	} {
+		if got := covers(list, c.scenario, c.d); got != c.want {
+			t.Errorf("%s: %v", name, got)
 		}
 	}
 }
@@ -103,9 +132,9 @@ func TestWhatARequestAsks(t *testing.T) {
 		"no topics":           {12, []kmsg.MetadataRequestTopic{}, []string{"empty"}},
 		"a name":              {9, []kmsg.MetadataRequestTopic{topic("orders", [16]byte{})}, []string{"name"}},
 		"an unknown name":     {9, []kmsg.MetadataRequestTopic{topic("x", [16]byte{})}, []string{"name", "unknown"}},
-		"an id":               {12, []kmsg.MetadataRequestTopic{topic("", [16]byte{1})}, []string{"id", "null"}},
+		"an id":               {12, []kmsg.MetadataRequestTopic{topic("", [16]byte{1})}, []string{"id"}},
 		"an unknown id": {
-			12, []kmsg.MetadataRequestTopic{topic("", [16]byte{2})}, []string{"id", "null", "unknown"},
+			12, []kmsg.MetadataRequestTopic{topic("", [16]byte{2})}, []string{"id", "unknown"},
 		},
 		"an id before there were": {9, []kmsg.MetadataRequestTopic{topic("orders", [16]byte{1})}, []string{"name"}},
 	} {
