@@ -137,7 +137,7 @@ func (t *translation) identify(principal string) (who, error) {
 	case principal == everyone:
 		return who{principals: []string{"*", "anonymous"}}, nil
 	case principal == anonymous:
-		return conditional(principal, "!has(tls.subject)"), nil
+		return conditional(principal, "!has(tls.subject)"+t.noWorkload()), nil
 	case distinguished.MatchString(principal):
 		subject := strings.TrimPrefix(principal, "User:")
 		return conditional(principal, "has(tls.subject) && tls.subject == "+strconv.Quote(subject)), nil
@@ -150,23 +150,38 @@ func (t *translation) identify(principal string) (who, error) {
 	return who{principals: []string{principal}, is: isPrincipal(principal)}, nil
 }
 
+// noWorkload is the condition that a subject is none of the workloads that are principals of the ACLs: they need no
+// login.
+func (t *translation) noWorkload() (condition string) {
+	for _, name := range slices.Sorted(maps.Keys(t.Principals)) {
+		for _, p := range t.Principals[name] {
+			if strings.HasPrefix(p, spiffeScheme) {
+				condition += " && !(" + isPrincipal(p) + ")"
+			}
+		}
+	}
+	return condition
+}
+
 // conditional is who has a principal either by login or, without one, where the condition holds: brokers look at the
-// certificate of a connection only where there is no login.
+// certificate of a connection only where there is no login. Of some logins the principal cannot be seen.
 func conditional(principal, without string) who {
-	when := fmt.Sprintf("has(sasl.principal) ? sasl.principal == %q : %s", principal, without)
+	when := fmt.Sprintf("has(sasl.principal) ? sasl.principal == %q : !has(sasl.mechanism) && %s", principal, without)
 	return who{when: when, is: "(" + when + ")"}
 }
 
+const spiffeScheme = "spiffe://"
+
 func isPrincipal(p string) string {
-	of, is := "sasl.principal", " == "
+	of := "sasl.principal"
 	prefix, isPrefix := strings.CutSuffix(p, "*")
-	if strings.HasPrefix(p, "spiffe://") {
+	if strings.HasPrefix(p, spiffeScheme) {
 		of = "identity.spiffe_id"
 		if isPrefix {
 			return fmt.Sprintf("has(%s) && %[1]s.startsWith(%q)", of, prefix)
 		}
 	}
-	return fmt.Sprintf("has(%s) && %[1]s%s%q", of, is, p)
+	return fmt.Sprintf("has(%s) && %[1]s == %q", of, p)
 }
 
 // grant is an ACL without its host.

@@ -110,6 +110,10 @@ type client struct {
 var clients = func() (all []client) {
 	tls := &policy.Facts{Identity: &spiffe.Identity{
 		Evidence: []spiffe.Evidence{{Source: spiffe.SourceTLS, Subject: "CN=app,O=x"}}}}
+	hidden := func(f policy.Facts) *policy.Facts {
+		f.SASL.Mechanism = "GSSAPI"
+		return &f
+	}
 	for java, host := range map[string]string{"10.0.0.1": "10.0.0.1", "10.0.0.2": "::ffff:10.0.0.2",
 		"2001:db8:0:0:0:0:0:1": "2001:db8::1"} {
 		for _, who := range []client{
@@ -121,6 +125,10 @@ var clients = func() (all []client) {
 			{principal: "User:a", subject: policy.Subject{Principal: "User:a", Facts: tls}},
 			{principal: anonymous, subject: policy.Subject{}},
 			{principal: anonymous, subject: policy.Subject{SPIFFE: "spiffe://t/a"}},
+			{principal: "User:seen-by-brokers-alone", subject: policy.Subject{Facts: hidden(policy.Facts{})}},
+			{principal: "User:seen-by-brokers-alone", subject: policy.Subject{Facts: hidden(*tls)}},
+			{principal: "User:m", subject: policy.Subject{SPIFFE: "spiffe://t/m/1"}},
+			{principal: "User:m", subject: policy.Subject{SPIFFE: "spiffe://t/n"}},
 		} {
 			who.host, who.subject.Host = java, netip.MustParseAddr(host)
 			all = append(all, who)
@@ -199,10 +207,11 @@ func authorizedOnAny(all []ACL, super []string, c client, kind kmsg.ACLResourceT
 func random(r *rand.Rand) ACL {
 	one := func(words ...string) string { return words[r.IntN(len(words))] }
 	a := ACL{
-		Type:      types[r.IntN(len(types))],
-		Name:      one("*", "o", "or", "orders", "orders*", "kafka-cluster", "kafka", "ü\"`\\", "User:a", "tab\t\u2028"),
-		Prefixed:  r.IntN(3) == 0,
-		Principal: one("User:*", "User:a", "User:a", "User:b", "User:a*", "User:CN=app,O=x", anonymous, "User:"),
+		Type:     types[r.IntN(len(types))],
+		Name:     one("*", "o", "or", "orders", "orders*", "kafka-cluster", "kafka", "ü\"`\\", "User:a", "tab\t\u2028"),
+		Prefixed: r.IntN(3) == 0,
+		Principal: one("User:*", "User:a", "User:a", "User:b", "User:a*", "User:m", "User:CN=app,O=x", anonymous,
+			"User:"),
 		Host: one("*", "*", "*", "10.0.0.1", "10.0.0.2", "::ffff:10.0.0.2", "2001:db8:0:0:0:0:0:1", "2001:db8::1",
 			"10.0.0.0/8", "", "broker.example.org"),
 		Operation: kmsg.ACLOperationAll + kmsg.ACLOperation(r.IntN(len(operations))),
@@ -218,12 +227,12 @@ func checkRandom(t *testing.T, seed uint64) {
 		all[i] = random(r)
 	}
 	var super []string
-	for _, name := range []string{"User:b", anonymous, "User:CN=app,O=x"} {
+	for _, name := range []string{"User:b", "User:m", anonymous, "User:CN=app,O=x"} {
 		if r.IntN(4) == 0 {
 			super = append(super, name)
 		}
 	}
-	p, err := Translate(all, Options{SuperUsers: super})
+	p, err := Translate(all, Options{SuperUsers: super, Principals: map[string][]string{"User:m": {"spiffe://t/m/*", "spiffe://t/n"}}})
 	if err != nil {
 		t.Fatalf("seed %d: %v", seed, err)
 	}
