@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kmsg"
@@ -30,6 +31,10 @@ func dial(d *host.Dialer, broker string) (*conn, error) {
 	if err != nil {
 		return nil, err
 	}
+	return open(c)
+}
+
+func open(c net.Conn) (*conn, error) {
 	return &conn{Conn: c, in: bufio.NewReader(c)}, c.SetDeadline(time.Now().Add(patience))
 }
 
@@ -127,22 +132,35 @@ func fetch(offset int64, bytes int32, topics ...string) *kmsg.FetchRequest {
 	return req
 }
 
-// produced tells the offset at which a broker took the batch of the first topic that it did not refuse.
-func produced(resp kmsg.Response) (offset int64, refused int, err error) {
+// write writes a batch into a topic, and tells its offset.
+func (c *conn) write(topic string, batch []byte) (int64, error) {
+	resp, err := c.ask(produce(part{topic, batch}))
+	if err != nil {
+		return 0, err
+	}
+	return produced(resp)
+}
+
+// produced tells the offset of the last batch, and fails unless the broker took all, but those for denied topics.
+func produced(resp kmsg.Response, denied ...string) (offset int64, err error) {
 	offset = -1
+	refused := 0
 	for _, t := range resp.(*kmsg.ProduceResponse).Topics {
 		for _, p := range t.Partitions {
-			switch p.ErrorCode {
-			case 0:
-				offset = p.BaseOffset
-			case topicDenied:
+			switch {
+			case p.ErrorCode == topicDenied && slices.Contains(denied, t.Topic):
 				refused++
+			case p.ErrorCode != 0 || p.BaseOffset < 0:
+				err = errors.Join(err, fmt.Errorf("topic %s: error code %d, offset %d", t.Topic, p.ErrorCode, p.BaseOffset))
 			default:
-				err = errors.Join(err, fmt.Errorf("topic %s: error code %d", t.Topic, p.ErrorCode))
+				offset = p.BaseOffset
 			}
 		}
 	}
-	return offset, refused, err
+	if err == nil && (offset < 0 || refused != len(denied)) {
+		err = fmt.Errorf("offset %d, and %d refused", offset, refused)
+	}
+	return offset, err
 }
 
 const topicDenied = 29 // TOPIC_AUTHORIZATION_FAILED

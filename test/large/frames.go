@@ -16,9 +16,6 @@ import (
 // largest is a batch with which a request is just below the limit.
 var largest = sync.OnceValue(func() []byte { return batch(maxFrame - 1000) })
 
-// largeOffset is where it is in the large topic.
-var largeOffset int64
-
 // besides is what a node may take that limits.memory does not count: itself, and what the collector has not taken yet.
 const besides = 320 * mib
 
@@ -53,24 +50,17 @@ func largeProduce(_ context.Context, w *world) (string, error) {
 }
 
 func askProduce(c *conn) error {
-	resp, err := c.ask(produce(part{large, largest()}))
-	if err != nil {
-		return err
-	}
-	offset, _, err := produced(resp)
-	if err == nil {
-		largeOffset = offset
-	}
+	_, err := c.write(large, largest())
 	return err
 }
 
 func largeFetch(_ context.Context, w *world) (string, error) {
 	const streamed = 32 * mib // nothing of it is held
-	return w.measured(streamed, askFetch)
+	return w.measured(streamed, w.askFetch)
 }
 
-func askFetch(c *conn) error {
-	resp, err := c.ask(fetch(largeOffset, 2*maxFrame, large))
+func (w *world) askFetch(c *conn) error {
+	resp, err := c.ask(fetch(w.largest, 2*maxFrame, large))
 	if err != nil {
 		return err
 	}
@@ -95,19 +85,16 @@ func askSplit(c *conn) error {
 	if err != nil {
 		return err
 	}
-	offset, refused, err := produced(resp)
-	if err == nil && (offset < 0 || refused != 1) {
-		err = fmt.Errorf("offset %d, and %d refused", offset, refused)
-	}
+	_, err = produced(resp, secret)
 	return err
 }
 
 func largeMerge(_ context.Context, w *world) (string, error) {
-	return w.measured(memory, askMerge)
+	return w.measured(memory, w.askMerge)
 }
 
-func askMerge(c *conn) error {
-	resp, err := c.ask(fetch(largeOffset, maxFrame, large, secret))
+func (w *world) askMerge(c *conn) error {
+	resp, err := c.ask(fetch(w.largest, maxFrame, large, secret))
 	if err != nil {
 		return err
 	}
@@ -126,7 +113,7 @@ func largeTogether(_ context.Context, w *world) (string, error) {
 	by, to, err := w.grown(func() error {
 		var all sync.WaitGroup
 		for range each {
-			for _, ask := range []func(*conn) error{askFetch, askSplit, askMerge} {
+			for _, ask := range []func(*conn) error{w.askFetch, askSplit, w.askMerge} {
 				all.Go(func() { errs <- w.once(ask) })
 			}
 		}

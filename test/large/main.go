@@ -26,21 +26,22 @@ type check struct {
 	run  func(context.Context, *world) (found string, err error)
 }
 
-// The order counts: memory is measured from the least to the most.
+// The order counts: memory is measured from the least to the most, and nothing before these goes through the node that
+// is large.
 var checks = []check{
 	{"a client newer than node and broker falls back (KIP-511)", fallBack},
 	{"logins are renewed under load, no record lost or doubled (KIP-368)", renew},
 	{"throttled produces are answered in order, in one connection", throttledProduce},
 	{"throttled fetches keep their session", throttledFetch},
+	{"a fetch answer of 100 MiB", largeFetch},
 	{"300 readers at 1 KB/s hold no answers", slowReaders},
 	{"5,000 idle connections", idle},
 	{"slow readers of answers that are held give way", slowHeld},
 	{"who announces large frames gives way to others", greedy},
 	{"a produce of 100 MiB", largeProduce},
-	{"a fetch answer of 100 MiB", largeFetch},
 	{"a produce of 100 MiB of which a part is denied", largeSplit},
 	{"a fetch answer of 100 MiB into which a refusal is merged", largeMerge},
-	{"two each of the last three at a time", largeTogether},
+	{"two each of fetched, split and merged at a time", largeTogether},
 }
 
 func main() {

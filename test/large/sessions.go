@@ -250,7 +250,7 @@ func throttledProduce(ctx context.Context, w *world) (found string, err error) {
 			if err != nil {
 				return fmt.Errorf("answer %d: %w", i, err)
 			}
-			offset, _, err := produced(resp)
+			offset, err := produced(resp)
 			if err != nil || offset <= last {
 				return fmt.Errorf("answer %d: offset %d after %d, %w", i, offset, last, err)
 			}

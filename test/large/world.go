@@ -57,6 +57,7 @@ type world struct {
 	modest, greedy *host.Dialer
 	metrics, audit string
 	dir, cgroup    string
+	largest        int64 // offset of the largest batch in the large topic
 }
 
 func newWorld(ctx context.Context, klamm string, mutate bool) (w *world, err error) {
@@ -74,6 +75,9 @@ func newWorld(ctx context.Context, klamm string, mutate bool) (w *world, err err
 		if err := w.cluster.CreateTopic(ctx, name, partitions); err != nil {
 			return w, err
 		}
+	}
+	if w.largest, err = w.store(largest()); err != nil {
+		return w, err
 	}
 	if w.cgroup, err = host.NewCgroup("klamm-large-", "node", "workload"); err != nil {
 		return w, err
@@ -127,6 +131,20 @@ func (w *world) close() error {
 	return errors.Join(errs...)
 }
 
+// store writes a batch into the large topic, past the node, and tells its offset.
+func (w *world) store(batch []byte) (int64, error) {
+	socket, err := net.Dial("tcp", w.cluster.Addrs()[0])
+	if err != nil {
+		return 0, err
+	}
+	defer func() { _ = socket.Close() }()
+	c, err := open(socket)
+	if err != nil {
+		return 0, err
+	}
+	return c.write(large, batch)
+}
+
 // client is a Kafka client of a workload.
 func (w *world) client(d *host.Dialer, broker string, opts ...kgo.Opt) (*kgo.Client, error) {
 	return kgo.NewClient(append([]kgo.Opt{kgo.SeedBrokers(broker), kgo.DisableClientMetrics(),
@@ -155,15 +173,39 @@ func (w *world) refusedMemory() (float64, error) {
 
 // open waits until the node has so many sessions.
 func (w *world) open(ctx context.Context, want int) error {
-	for {
+	return until(ctx, fmt.Sprintf("%d sessions are open", want), func() (bool, error) {
 		n, err := w.metric("klamm_connections")
-		if err != nil || int(n) == want {
+		return int(n) == want, err
+	})
+}
+
+// gaveWay waits until more connections than before are refused for want of memory, all of them the greedy one's and on
+// record, and tells how many. That is due at once, before those who wait for memory in vain are refused as well (10 s).
+func (w *world) gaveWay(ctx context.Context, before float64) (n float64, err error) {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	err = until(ctx, "somebody gave way, and is on record", func() (bool, error) {
+		after, err := w.refusedMemory()
+		if n = after - before; n == 0 || err != nil {
+			return false, err
+		}
+		recorded, err := w.onlyGreedy()
+		return recorded >= int(after), err
+	})
+	return n, err
+}
+
+// until waits until something is so.
+func until(ctx context.Context, what string, so func() (bool, error)) error {
+	const pause = 50 * time.Millisecond
+	for {
+		if is, err := so(); is || err != nil {
 			return err
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("%v sessions are open, not %d", n, want)
-		case <-time.After(50 * time.Millisecond):
+			return fmt.Errorf("it did not come to pass that %s: %w", what, ctx.Err())
+		case <-time.After(pause):
 		}
 	}
 }
