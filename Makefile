@@ -41,9 +41,10 @@ lint: ## golangci-lint, and that the committed eBPF objects are what their sourc
 demo: build ## the product on this machine in a minute; needs root
 	bin/klamm demo
 
-verify-clients: build ## foreign Kafka clients and librdkafka's own tests through the node and a real Kafka; needs root
+verify-clients: build ## foreign Kafka clients, librdkafka's own tests and franz-go's of share groups; needs root
 	$(setup) kafka librdkafka
-	scripts/total 'go run ./test/clients' 'go run ./test/librdkafka'
+	scripts/total 'go run ./test/clients' 'go run ./test/librdkafka' \
+		'go run ./test/kgo -brokers kafka -run ^TestShareGroup'
 
 verify-fidelity: build ## as a broker with ACLs answers, and with what is large, slow or lasts long; needs root
 	$(setup) kafka
