@@ -2,7 +2,6 @@ package main
 
 import (
 	"maps"
-	"slices"
 	"strings"
 	"testing"
 )
@@ -21,13 +20,5 @@ func TestEndingsAreReadFromTheTestsOutput(t *testing.T) {
 	}
 	if _, err := parse(t.Context(), strings.NewReader("panic: before any test\n")); err == nil {
 		t.Error("a run without tests is a result")
-	}
-}
-
-func TestWhatDiffersIsFoundByTheTestAtTopLevel(t *testing.T) {
-	direct := endings{"TestA": "pass", "TestA/x": "pass", "TestA/y": "pass", "TestB": "skip", "TestC": "pass"}
-	node := endings{"TestA": "pass", "TestA/x": "fail", "TestA/y": "fail", "TestB": "skip"}
-	if got := differing(direct, node); !slices.Equal(got, []string{"TestA", "TestC"}) {
-		t.Errorf("%v", got)
 	}
 }
