@@ -62,8 +62,11 @@ func New(o Options) *Enforcer {
 // what is kept of requests. They are separate because what waits for one may hold another.
 func held(memory int64) int64 { return memory / 16 * 5 }
 
-// MinMemory is the least memory with which a request of maxFrame bytes fits.
-func MinMemory(maxFrame int64) int64 { return (wire.HeldSize(int(maxFrame)) + 4) / 5 * 16 }
+// MinMemory is the least memory with which a request of maxFrame bytes fits, also one that is decided by its parts.
+func MinMemory(maxFrame int64) int64 {
+	frame := wire.SizePrefix + maxFrame
+	return max((wire.HeldSize(int(frame))+4)/5*16, 4*(frame+wire.BaseBuffer))
+}
 
 // SetPolicy replaces the policy; every connection decides by it from its next frame on, and opaque ones that it does
 // not allow any more are closed.

@@ -20,6 +20,10 @@ const (
 	maxMemberSize = 64 << 20
 	// maxGroups is how many groups one request to the brokers describes.
 	maxGroups = 100
+	// maxWanted bounds the members to look up, and maxMemberName the bytes of what they are called. Clients that invent
+	// members cannot make it more; one that is left out comes again with its next heartbeat.
+	maxWanted     = 10_000
+	maxMemberName = 1024
 )
 
 // members is what is known of the members of one cluster's groups. The brokers have it all: what is forgotten here, or
@@ -32,6 +36,7 @@ type members struct {
 	young, old map[authz.MemberName]*authz.Member // what is used moves from old to young; old goes when young is full
 	size       int                                // of young
 	wanted     map[string]map[string]struct{}     // group -> members to look up
+	wants      int                                // how many they are
 	absent     map[authz.MemberName]time.Time     // not found, until when that is believed
 	runs       bool                               // a look-up
 	refused    bool                               // it was told that the brokers do not let the node look
@@ -68,30 +73,36 @@ func (m *members) SetMember(group, id string, member *authz.Member) {
 // keep replaces a member. m.mu is held.
 func (m *members) keep(name authz.MemberName, member *authz.Member) {
 	if was := m.young[name]; was != nil {
-		m.size -= was.Size()
+		m.size -= sizeOf(name, was)
 		delete(m.young, name)
 	}
 	delete(m.old, name)
 	if member == nil {
 		return
 	}
-	if m.size += member.Size(); m.size > maxMemberSize/2 {
-		m.young, m.old, m.size = map[authz.MemberName]*authz.Member{}, m.young, member.Size()
+	if m.size += sizeOf(name, member); m.size > maxMemberSize/2 {
+		m.young, m.old, m.size = map[authz.MemberName]*authz.Member{}, m.young, sizeOf(name, member)
 	}
 	m.young[name] = member
+}
+
+func sizeOf(name authz.MemberName, member *authz.Member) int {
+	return len(name.Group) + len(name.ID) + member.Size()
 }
 
 // want has a member looked up.
 func (m *members) want(name authz.MemberName, start func(func(context.Context)), client *kgo.Client) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if time.Now().Before(m.absent[name]) {
+	if _, waits := m.wanted[name.Group][name.ID]; waits || m.wants >= maxWanted ||
+		len(name.Group)+len(name.ID) > maxMemberName || time.Now().Before(m.absent[name]) {
 		return
 	}
 	if m.wanted[name.Group] == nil {
 		m.wanted[name.Group] = map[string]struct{}{}
 	}
 	m.wanted[name.Group][name.ID] = struct{}{}
+	m.wants++
 	if !m.runs {
 		m.runs = true
 		start(func(ctx context.Context) { m.run(ctx, client) })
@@ -126,6 +137,7 @@ func (m *members) some() map[string]map[string]struct{} {
 		}
 		groups[group] = ids
 		delete(m.wanted, group)
+		m.wants -= len(ids)
 	}
 	m.runs = len(groups) > 0
 	return groups

@@ -137,7 +137,7 @@ func (s *session) learn(p *pending, frame []byte) error {
 // edit decodes an answer, lets the verdict change it, and encodes it anew.
 func (s *session) edit(p *pending, frame []byte) ([]byte, error) {
 	resp, weight, err := s.decode(p, frame)
-	defer s.memory.decoding.Release(weight)
+	defer func() { s.memory.decoding.Release(weight) }()
 	if err != nil {
 		return nil, err
 	}
@@ -145,15 +145,13 @@ func (s *session) edit(p *pending, frame []byte) ([]byte, error) {
 	p.ctx.Missing, p.ctx.Resolved = nil, false
 	p.edit(p.ctx, resp)
 	if len(p.ctx.Missing) > 0 {
+		s.memory.decoding.Release(weight) // which others may need meanwhile
 		s.resolve(p.ctx)
 		p.ctx.Checks = p.ctx.Checks[:checks]
-		again, weight, err := s.decode(p, frame)
-		defer s.memory.decoding.Release(weight)
-		if err != nil {
+		if resp, weight, err = s.decode(p, frame); err != nil {
 			return nil, err
 		}
-		p.edit(p.ctx, again)
-		resp = again
+		p.edit(p.ctx, resp)
 	}
 	const more = 512 // than there was, for what is merged into it
 	return wire.AppendResponse(make([]byte, 0, len(frame)+more), p.Correlation, resp), nil
@@ -180,7 +178,7 @@ func (s *session) decode(p *pending, frame []byte) (resp kmsg.Response, weight i
 	if weight += int64(len(frame)); weight <= wire.BaseBuffer {
 		weight = 0
 	} else if err = s.memory.decoding.Acquire(weight); err != nil {
-		return nil, 0, &Error{audit.OutOfMemory, err}
+		return nil, 0, fromPipe(err, audit.OutOfMemory)
 	}
 	resp = req.ResponseKind()
 	if err = resp.ReadFrom(body); err != nil {

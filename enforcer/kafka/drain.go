@@ -118,6 +118,7 @@ func closeWrite(c net.Conn) error {
 // reset (RFC 2525, section 2.17), also of what the client has not read yet. It never got an answer to these requests,
 // and they went nowhere.
 func (s *session) linger() {
+	s.up.Forget()
 	for end := time.Now().Add(lingerTimeout); time.Now().Before(end); s.up.Drop(s.up.Buffered()) {
 		if s.conn.Client.SetReadDeadline(time.Now().Add(quietTimeout)) != nil {
 			return

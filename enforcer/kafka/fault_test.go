@@ -442,6 +442,39 @@ func parsed(t testing.TB, b []byte) (wire.Header, kmsg.Request) {
 	return h, req
 }
 
+// What a refused client is owed it gets as long as it takes it.
+func TestARefusedClientThatTakesNothingIsGivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		rig := newRig(t, ordersOnly)
+		client, served := net.Pipe()
+		dialled, broker := net.Pipe()
+		ended := make(chan error, 1)
+		conn := rig.conn(served, dialled)
+		go func() { ended <- Serve(context.Background(), rig.shared, conn) }()
+		heartbeat := handlings["relayed"]()
+		go func() {
+			_, _ = client.Write(append(requestFrame(1, heartbeat), requestFrame(2, produceRequest(9, 0, nil, "secret"))...))
+		}()
+		b, err := (&peer{in: bufio.NewReader(broker)}).frame()
+		if err != nil {
+			t.Fatal(err)
+		}
+		h, _ := parsed(t, b)
+		if _, err := broker.Write(wire.AppendResponse(nil, h.Correlation, heartbeat.ResponseKind())); err != nil {
+			t.Fatal(err)
+		}
+		start := time.Now()
+		rig.wantRefusal(t, waited(ended), audit.Denied)
+		if took := time.Since(start); took > time.Minute {
+			t.Errorf("ended after %v", took)
+		}
+		rig.wantNothingHeld(t)
+		if err := errors.Join(client.Close(), broker.Close()); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // A client that begins a frame and does not go on is refused as well: it holds a buffer.
 func TestARequestOfWhichTheRestDoesNotComeIsRefused(t *testing.T) {
 	frame := requestFrame(1, produceRequest(9, -1, []byte("record"), "orders"))

@@ -12,6 +12,7 @@ import (
 	"klamm/enforcer/kafka/authz"
 	"klamm/enforcer/kafka/records"
 	"klamm/enforcer/kafka/wire"
+	"klamm/enforcer/policy"
 )
 
 // maxLineBatches is how many batches one audit line lists; a partition with more gets several lines. Of ranges of
@@ -282,7 +283,7 @@ func (s *session) readRecords(p *pending, t *topic, partition int32) error {
 		return err
 	}
 	// What was asked for was decided when it was asked; this is for a broker that answers something else.
-	if t == nil || !t.read.Allowed {
+	if t == nil || !p.read(t).Allowed {
 		return refuse(audit.BadAnswer, "the broker sent records of a topic that was not asked for or may not be read")
 	}
 	for size >= head {
@@ -334,6 +335,14 @@ func (s *session) readRecords(p *pending, t *topic, partition int32) error {
 	return nil
 }
 
+// read is the decision that lets a topic be read.
+func (p *pending) read(t *topic) policy.Decision {
+	if p.follows != nil {
+		return *p.follows
+	}
+	return t.read
+}
+
 // auditFetched writes the line of what was read of a partition, if anything was.
 func (s *session) auditFetched(p *pending, t *topic, partition int32) {
 	r := &s.fetch
@@ -347,10 +356,11 @@ func (s *session) auditFetched(p *pending, t *topic, partition int32) {
 		bytes += r.batches[i].Bytes
 	}
 	s.Metrics.bytes[1].Add(float64(bytes))
-	e := s.downTrail.Line("operation", verdictOf(t.read)).Str("api", apiName(p.Key)).Int16("version", p.Version).
+	read := p.read(t)
+	e := s.downTrail.Line("operation", verdictOf(read)).Str("api", apiName(p.Key)).Int16("version", p.Version).
 		Str("client_id", p.clientID).Str("topic", t.name).Int32("partition", partition).
 		Int64("base_offset", r.batches[0].BaseOffset).Int64("last_offset", r.batches[len(r.batches)-1].LastOffset).
-		Int32("count", count).Int("bytes", bytes).Array("batches", &r.batches).Str("rule", t.read.Rule)
+		Int32("count", count).Int("bytes", bytes).Array("batches", &r.batches).Str("rule", read.Rule)
 	if len(r.acquired) > 0 {
 		e = e.Array("acquired", &r.acquired)
 	}

@@ -381,3 +381,41 @@ func TestACutBatchIsPassedOnAndIsNoEvidence(t *testing.T) {
 		}
 	}
 }
+
+// A follower may read what it has no Topic Read for; the consumer that goes on with its session may not.
+func TestAFollowerReadsByARightOnTheCluster(t *testing.T) {
+	rig := newRig(t, ordersOnly+`  - name: replicas
+    principals: ["spiffe://example.test/orders"]
+    allow: [{cluster: kafka-cluster, operations: [ClusterAction]}]
+`)
+	client, broker, ended := rig.serveScripted(t)
+	follow := fetchRequest(12, 0, 0, "secret")
+	follow.ReplicaID = 7
+	client.write(requestFrame(1, follow))
+	h, _ := broker.request()
+	answer := fetchAnswer(12, "secret", batch([]byte("record")))
+	answer.SessionID = sessionID
+	broker.answer(h, answer)
+	if got := client.response(1, follow).(*kmsg.FetchResponse); len(got.Topics[0].Partitions[0].RecordBatches) == 0 {
+		t.Errorf("the follower got %+v", got)
+	}
+	consume := fetchRequest(12, sessionID, 1)
+	client.write(requestFrame(2, consume))
+	h, _ = broker.request() // to forget the topic
+	broker.answer(h, consume.ResponseKind())
+	got := client.response(2, consume).(*kmsg.FetchResponse)
+	if p := got.Topics[0].Partitions[0]; p.ErrorCode != kerr.TopicAuthorizationFailed.Code {
+		t.Errorf("the consumer got %+v", got)
+	}
+	if err := client.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := end(t, ended); err != nil {
+		t.Error(err)
+	}
+	for _, l := range rig.log.lines(t) {
+		if l.Topic == "secret" && len(l.Batches) > 0 && (l.Verdict != "allow" || l.Rule != "replicas") {
+			t.Errorf("on record as %+v", l)
+		}
+	}
+}

@@ -112,7 +112,7 @@ func (s *session) illegal(e entry, frame []byte) error {
 	if err != nil {
 		return errors.Join(cause, err)
 	}
-	defer d.release()
+	defer d.shrink(0)
 	return s.refuseWith(e, frame, authz.Refuse(d.req, kerr.IllegalSaslState, ""), cause)
 }
 
@@ -123,7 +123,7 @@ func (s *session) refuseWith(e entry, frame []byte, resp kmsg.Response, cause er
 		s.auditChecks(s.upTrail, &e.V, audit.Deny)
 		return cause
 	}
-	if err := s.answer(e, frame, resp, audit.Deny); err != nil {
+	if err := s.deny(e, frame, resp); err != nil {
 		return err
 	}
 	if err := s.up.Flush(); err != nil {
@@ -143,7 +143,7 @@ func (s *session) beforeLogin(e entry, frame []byte, req kmsg.Request, b *bindin
 	switch req := req.(type) {
 	case *kmsg.SASLHandshakeRequest:
 		if s.conn.Login != nil {
-			return true, s.answer(e, frame, authz.Refuse(req, kerr.IllegalSaslState, ""), audit.Deny)
+			return true, s.deny(e, frame, authz.Refuse(req, kerr.IllegalSaslState, ""))
 		}
 		e.V.kind, s.offered = greeted, req.Mechanism
 		s.renewing.Store(true)
@@ -154,7 +154,7 @@ func (s *session) beforeLogin(e entry, frame []byte, req kmsg.Request, b *bindin
 		}
 		if s.attempt == nil { // as a broker outside of an exchange
 			const msg = "SaslAuthenticate request received after successful authentication"
-			return true, s.answer(e, frame, authz.Refuse(req, kerr.IllegalSaslState, msg), audit.Deny)
+			return true, s.deny(e, frame, authz.Refuse(req, kerr.IllegalSaslState, msg))
 		}
 		e.V.kind = authenticated
 		claim, err := s.attempt.Client(req.SASLAuthBytes)

@@ -14,7 +14,7 @@ import (
 
 // accounts are what a session holds of the node's budgets.
 type accounts struct {
-	requested, answered, decoding, kept *wire.Account
+	requested, answered, decoding, kept, mirrors *wire.Account
 }
 
 func (s *Shared) open(owner string, evicted func(error), done <-chan struct{}) accounts {
@@ -23,6 +23,7 @@ func (s *Shared) open(owner string, evicted func(error), done <-chan struct{}) a
 		answered:  s.Answers.Open(owner, evicted, done),
 		decoding:  s.Decoded.Open(owner, evicted, done),
 		kept:      s.Kept.Open(owner, evicted, done),
+		mirrors:   s.Kept.Open(owner, evicted, done).Lasting(),
 	}
 }
 
@@ -30,6 +31,7 @@ func (s *Shared) open(owner string, evicted func(error), done <-chan struct{}) a
 func (a *accounts) close() {
 	a.decoding.Close()
 	a.kept.Close()
+	a.mirrors.Close()
 }
 
 // owner is whom the memory of a connection is counted to: a workload, for each broker by itself, because one that hangs
@@ -44,8 +46,8 @@ func (c *Conn) owner() string {
 // evicted ends the session: it has to give way to others that wait for memory.
 func (s *session) evicted(cause error) { s.end(&Error{audit.OutOfMemory, cause}) }
 
-// maxMirror is what the mirrors of a connection's sessions take unseen by the budget: some ten thousand partitions.
-const maxMirror = 1 << 20
+// maxMirror is what the mirrors of a connection's sessions take unseen by the budget: some hundred partitions.
+const maxMirror = 64 << 10
 
 // mirror takes what is beyond that, for as long as it lasts.
 func (s *session) mirror(key int16) error {
@@ -59,9 +61,12 @@ func (s *session) mirror(key int16) error {
 	was := s.mirrored
 	s.mirrored = n
 	if n < was {
-		s.memory.kept.Release(was - n)
+		s.memory.mirrors.Release(was - n)
 	} else if n > was {
-		if err := s.memory.kept.Acquire(n - was); err != nil {
+		if err := s.up.Flush(); err != nil { // or what keeps memory until it is answered never is
+			return err
+		}
+		if err := s.memory.mirrors.Acquire(n - was); err != nil {
 			return fromPipe(err, audit.OutOfMemory)
 		}
 	}

@@ -20,6 +20,7 @@ type produced struct {
 	parts   []producedPart
 	batches audit.Batches // of all partitions, in order
 	line    audit.Batches // those of the line being written
+	index   map[partitionName]int
 }
 
 type producedPart struct {
@@ -116,8 +117,14 @@ func topicRef(c *wire.Cursor, byID bool) (name []byte, id authz.TopicID) {
 	return c.String(), id
 }
 
+// maxTransactionalID is how many bytes of one a connection remembers. Longer ones are decided where nothing is kept.
+const maxTransactionalID = 1024
+
 // mayTransact decides the transactional id of a produce, remembering the connection's last one.
 func (s *session) mayTransact(id []byte, view *policy.View) bool {
+	if len(id) > maxTransactionalID {
+		return false
+	}
 	if string(id) != s.txnID || s.txnView != view {
 		s.txnID, s.txnView = string(id), view
 		d := view.Decide(kmsg.ACLResourceTypeTransactionalId, s.txnID, kmsg.ACLOperationWrite)
@@ -206,13 +213,33 @@ func (s *session) auditUnanswered(t *audit.Trail, p *pending) {
 // outcomeUnknown stands for the error code where no answer came; Kafka's UNKNOWN_SERVER_ERROR is -1.
 const outcomeUnknown = -2
 
+// find finds a partition that is not answered yet; among many by an index.
 func (p *produced) find(topic []byte, partition int32) *producedPart {
+	const few = 64
+	if len(p.parts) > few && p.index == nil {
+		p.index = make(map[partitionName]int, len(p.parts))
+		for i := range p.parts {
+			p.index[partitionName{p.parts[i].topic.name, p.parts[i].partition}] = i
+		}
+	}
+	if p.index != nil {
+		i, is := p.index[partitionName{string(topic), partition}]
+		if !is || p.parts[i].answered {
+			return nil
+		}
+		return &p.parts[i]
+	}
 	for i := range p.parts {
 		if part := &p.parts[i]; part.partition == partition && part.topic.name == string(topic) && !part.answered {
 			return part
 		}
 	}
 	return nil
+}
+
+type partitionName struct {
+	topic     string
+	partition int32
 }
 
 func (s *session) auditProduced(t *audit.Trail, p *pending, part *producedPart, code int16, offset int64) {

@@ -134,8 +134,17 @@ func (s *session) request(frame []byte, h wire.Header) error {
 type decoded struct {
 	req     kmsg.Request
 	body    []byte
-	keeps   int64  // bytes of memory, at most, that last where a verdict keeps parts of it
-	release func() // gives back what it takes of the budget
+	keeps   int64 // bytes of memory, at most, that last where a verdict keeps parts of it
+	account *wire.Account
+	share   int64 // of the account
+}
+
+// shrink gives back what it takes of the budget, but for n bytes.
+func (d *decoded) shrink(n int64) {
+	if n < d.share {
+		d.account.Release(d.share - n)
+		d.share = n
+	}
 }
 
 // decodeRequest decodes a copy of the frame's body, because a verdict may keep parts of the request until the answer
@@ -155,9 +164,9 @@ func (s *session) decodeRequest(e entry, frame []byte) (d decoded, err error) {
 	if share <= wire.BaseBuffer {
 		share = 0
 	} else if err := s.memory.decoding.Acquire(share); err != nil {
-		return d, &Error{audit.OutOfMemory, err}
+		return d, fromPipe(err, audit.OutOfMemory)
 	}
-	d.release = func() { s.memory.decoding.Release(share) }
+	d.account, d.share = s.memory.decoding, share
 	if kmsg.Key(h.Key) != kmsg.Produce {
 		d.body = bytes.Clone(d.body)
 	}
@@ -165,7 +174,7 @@ func (s *session) decodeRequest(e entry, frame []byte) (d decoded, err error) {
 	d.req.SetVersion(h.Version)
 	if err := d.req.ReadFrom(d.body); err != nil {
 		clear(d.body)
-		d.release()
+		d.shrink(0)
 		return d, refuse(audit.Undecodable, "%s v%d of %d bytes: %w", apiName(h.Key), h.Version, len(d.body), err)
 	}
 	return d, nil
@@ -178,7 +187,7 @@ func (s *session) decide(e entry, frame []byte, view *policy.View) error {
 	if err != nil {
 		return err
 	}
-	defer d.release()
+	defer d.shrink(0)
 	req := d.req
 	if isLogin(h.Key) {
 		defer clear(d.body) // a password may stand in it
@@ -212,7 +221,9 @@ func (s *session) decide(e entry, frame []byte, view *policy.View) error {
 		s.auditChecks(s.upTrail, &e.V, audit.Allow)
 		return refuse(audit.Denied, "%s", v.Close)
 	case v.Answer != nil:
-		return s.answer(e, frame, v.Answer, audit.Allow)
+		e.Ours = wire.AppendResponse(nil, e.V.Correlation, v.Answer)
+		d.shrink(0)
+		return s.giveOurs(e, frame, audit.Allow)
 	}
 	if v.Edit != nil {
 		e.V.kind = edited
@@ -235,7 +246,7 @@ func (s *session) decide(e entry, frame []byte, view *policy.View) error {
 			return err
 		}
 	case kmsg.Fetch:
-		e.V.fetch, e.V.view = ctx.Fetch, view
+		e.V.fetch, e.V.view, e.V.follows = ctx.Fetch, view, ctx.Follows
 		if v.Edit == nil {
 			e.V.kind = fetched
 		}
@@ -254,6 +265,11 @@ func (s *session) decide(e entry, frame []byte, view *policy.View) error {
 	case kmsg.SASLAuthenticate:
 		defer clear(judged)
 	}
+	// To send may mean to wait for the broker, whose answers need memory to be decoded.
+	if &out[0] == &frame[0] {
+		d.shrink(0)
+	}
+	d.shrink(int64(len(out)))
 	if err := s.send(e, frame, out); err != nil {
 		return err
 	}
@@ -301,16 +317,21 @@ func (s *session) unsupported(e entry, frame []byte) error {
 	}
 	s.Metrics.Refuse(audit.UnsupportedVersion)
 	e.V.ctx = &authz.Ctx{}
-	return s.answer(e, frame, resp, audit.Deny)
+	return s.deny(e, frame, resp)
 }
 
-// answer gives our own answer in its turn; the verdict is at least the one given, and what the checks say.
-func (s *session) answer(e entry, frame []byte, resp kmsg.Response, verdict audit.Verdict) error {
+// deny gives our own answer to what is refused.
+func (s *session) deny(e entry, frame []byte, resp kmsg.Response) error {
+	e.Ours = wire.AppendResponse(nil, e.V.Correlation, resp)
+	return s.giveOurs(e, frame, audit.Deny)
+}
+
+// giveOurs gives our own answer in its turn; the verdict is at least the one given, and what the checks say.
+func (s *session) giveOurs(e entry, frame []byte, verdict audit.Verdict) error {
 	s.auditChecks(s.upTrail, &e.V, verdict)
 	if err := onRecord(s.upTrail)(); err != nil {
 		return err
 	}
-	e.Ours = wire.AppendResponse(nil, e.V.Correlation, resp)
 	e.V.ctx, e.V.keeps = nil, int64(len(e.Ours))
 	s.up.Drop(len(frame))
 	return s.push(e)

@@ -40,6 +40,7 @@ type session struct {
 	die        context.CancelFunc
 	left       atomic.Bool // drained: both sides are told the end
 	brokerLeft atomic.Bool // the client is told the end
+	hurried    atomic.Bool // the client still gets what it is owed, if it takes it
 	fatal      atomic.Pointer[error]
 
 	bound    atomic.Pointer[binding]
@@ -96,7 +97,8 @@ type pending struct {
 	ctx      *authz.Ctx // its checks, and what its edit needs; nil where decided in place
 	edit     func(*authz.Ctx, kmsg.Response)
 	fetch    *authz.FetchSession
-	view     *policy.View // a Fetch or ShareFetch was decided under it
+	view     *policy.View     // a Fetch or ShareFetch was decided under it
+	follows  *policy.Decision // of a follower's fetch
 	produce  produced
 	keeps    int64       // bytes of memory until it is answered, about
 	reply    chan []byte // for the answer to a request of our own
@@ -135,9 +137,9 @@ func refuse(r audit.Reason, format string, args ...any) error {
 // and ErrDrained one by Drain.
 func Serve(ctx context.Context, shared *Shared, c *Conn) error {
 	s := newSession(ctx, shared, c)
-	s.queue = wire.NewQueue[pending](c.Client, maxInFlight, s.memory.kept)
+	s.queue = wire.NewQueue[pending](toClient{s}, maxInFlight, s.memory.kept)
 	s.up = wire.NewPipe(c.Client, c.Broker, s.memory.requested, onRecord(s.upTrail), nil)
-	s.down = wire.NewPipe(c.Broker, c.Client, s.memory.answered, onRecord(s.downTrail), s.queue.Written)
+	s.down = wire.NewPipe(c.Broker, c.Client, s.memory.answered, s.beforeAnswers, s.queue.Written)
 	shared.Metrics.open.Inc()
 	defer shared.Metrics.open.Dec()
 
@@ -209,18 +211,47 @@ func (s *session) endRequests(err error) {
 	case errors.Is(err, wire.ErrStopped) && s.leave() == nil:
 		s.linger()
 		return
-	case errors.Is(err, io.EOF) && closeWrite(s.conn.Broker) == nil:
-		_ = s.down.Hurry(drainTimeout)
-		return
-	case errors.As(err, &refusal) && refusal.Reason != audit.AuditFailed && refusal.Reason != audit.Internal:
+	case errors.As(err, &refusal):
+		if refusal.Reason == audit.AuditFailed || refusal.Reason == audit.Internal {
+			break
+		}
 		// A broker takes a request when it has answered those before (Processor.processCompletedReceives mutes the
 		// channel), so they are answered when it closes for this one.
-		if s.up.Flush() == nil && s.down.Hurry(drainTimeout) == nil {
+		if s.up.Flush() == nil && s.hurry() == nil {
 			_ = closeWrite(s.conn.Broker) // where it can be told that no more comes
 			_ = s.queue.WaitEmpty()
 		}
+	case errors.Is(err, io.EOF) && closeWrite(s.conn.Broker) == nil:
+		_ = s.down.Hurry(drainTimeout)
+		return
 	}
 	s.abort()
+}
+
+// hurry bounds the answers that are still owed: each to come from the broker, and each write to be taken by the client.
+func (s *session) hurry() error {
+	s.hurried.Store(true)
+	return errors.Join(s.down.Hurry(drainTimeout), s.limitWrite())
+}
+
+func (s *session) limitWrite() error {
+	if !s.hurried.Load() {
+		return nil
+	}
+	return s.conn.Client.SetWriteDeadline(time.Now().Add(drainTimeout))
+}
+
+// beforeAnswers runs before answers go out.
+func (s *session) beforeAnswers() error { return errors.Join(onRecord(s.downTrail)(), s.limitWrite()) }
+
+// toClient writes our own answers.
+type toClient struct{ *session }
+
+func (c toClient) Write(b []byte) (int, error) {
+	if err := c.limitWrite(); err != nil {
+		return 0, err
+	}
+	return c.conn.Client.Write(b)
 }
 
 // endAnswers acts on the end of the answer loop. That the broker ended its direction between two answers the client
@@ -228,15 +259,20 @@ func (s *session) endRequests(err error) {
 func (s *session) endAnswers(err error) {
 	switch {
 	case s.left.Load(): // both sides were told
-	case errors.Is(err, io.EOF) && closeWrite(s.conn.Client) == nil:
+	case errors.Is(err, io.EOF) && s.endClient() == nil:
 		s.brokerLeft.Store(true)
 		s.die()
+		s.up.Stop() // before the queue, or its waits end first and linger's deadline is overwritten
 		s.queue.Close()
-		s.up.Stop()
 		_ = s.conn.Broker.SetWriteDeadline(time.Now()) // what waits for it waits in vain
 	default:
 		s.abort() // also wakes the request loop
 	}
+}
+
+// endClient tells the client the end, which may have to wait for what is being written.
+func (s *session) endClient() error {
+	return errors.Join(s.conn.Client.SetWriteDeadline(time.Now().Add(drainTimeout)), closeWrite(s.conn.Client))
 }
 
 // end gives the connection up for a reason that neither loop sees; the first one counts.

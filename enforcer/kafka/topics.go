@@ -8,8 +8,8 @@ import (
 	"klamm/enforcer/policy"
 )
 
-// maxTopics bounds a connection's memory of topics; past it the memory starts anew. What no topic can be called, for
-// its length (Topic.MAX_NAME_LENGTH of Apache Kafka), is not remembered.
+// maxTopics bounds a connection's memory of topics; past it the memory starts anew. What may be neither read nor written
+// is not remembered, nor what no topic can be called, for its length (Topic.MAX_NAME_LENGTH of Apache Kafka).
 const (
 	maxTopics    = 4096
 	maxTopicName = 249
@@ -36,9 +36,6 @@ func (c *topicCache) get(name []byte, view *policy.View) (t *topic, fresh bool) 
 			c.topics = make(map[string]*topic)
 		}
 		t = &topic{name: string(name)}
-		if len(name) <= maxTopicName {
-			c.topics[t.name] = t
-		}
 	}
 	if t.view == view && view != nil {
 		return t, false
@@ -46,6 +43,9 @@ func (c *topicCache) get(name []byte, view *policy.View) (t *topic, fresh bool) 
 	t.view = view
 	t.read = view.Decide(kmsg.ACLResourceTypeTopic, t.name, kmsg.ACLOperationRead)
 	t.write = view.Decide(kmsg.ACLResourceTypeTopic, t.name, kmsg.ACLOperationWrite)
+	if len(name) <= maxTopicName && (t.read.Allowed || t.write.Allowed) {
+		c.topics[t.name] = t
+	}
 	return t, true
 }
 

@@ -338,7 +338,8 @@ func (e exceptions) idle(c coverage, spoken func(key, version int16) bool) (idle
 			for v := authz.Table[key].Min; v <= authz.Table[key].Max; v++ {
 				at := cell{key, v}
 				of := exceptions{name: {text: why}}
-				needed = needed || of.has(at, class) && (class == unspoken && !spoken(key, v) || spoken(key, v) && c.lacks(at, class))
+				blank := spoken(key, v) && c.lacks(at, class) || class == unspoken && !spoken(key, v)
+				needed = needed || of.has(at, class) && blank
 			}
 			if !needed {
 				idle = append(idle, name+": "+text)

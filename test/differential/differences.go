@@ -10,8 +10,8 @@ import (
 type deliberate struct {
 	Fields   []string // as a failure shows them, without places in lists
 	Ours     string   // what we have there, always
-	Scenario string   // or only in this one (API/sentence), in which whatever the fields have may differ, but of error codes
-	Codes    []string // these alone: a broker's and ours
+	Scenario string   // or only in this one (API/sentence), where the fields may have whatever
+	Codes    []string // but of error codes these: a broker's and ours
 	Reason   string   // with the KIP, where there is one
 	used     map[string]bool
 }

@@ -17,10 +17,7 @@ const noTopic = "klamm:refused"
 // Versions 4 and up (KIP-890) are for brokers, which verify what they append: Cluster ClusterAction, and no more.
 func addPartitionsToTxn(c *Ctx, req *kmsg.AddPartitionsToTxnRequest) Verdict {
 	if req.Version >= 4 {
-		if !c.AllowCluster(kmsg.ACLOperationClusterAction) {
-			return Verdict{Answer: Refuse(req, kerr.ClusterAuthorizationFailed, "")}
-		}
-		return Verdict{}
+		return c.onCluster(req, kmsg.ACLOperationClusterAction, "")
 	}
 	if !c.AllowTxn(req.TransactionalID, kmsg.ACLOperationWrite) {
 		return Verdict{Answer: Refuse(req, kerr.TransactionalIDAuthorizationFailed, "")}

@@ -31,7 +31,9 @@ func alterShareGroupOffsets(c *Ctx, req *kmsg.AlterShareGroupOffsetsRequest) Ver
 		}
 		r := kmsg.NewAlterShareGroupOffsetsResponseTopic()
 		r.Topic = t.Topic
-		r.TopicID, _ = c.Topics.ID(t.Topic)
+		if c.listed(t.Topic) {
+			r.TopicID, _ = c.Topics.ID(t.Topic)
+		}
 		for _, p := range t.Partitions {
 			rp := kmsg.NewAlterShareGroupOffsetsResponseTopicPartition()
 			rp.Partition, rp.ErrorCode, rp.ErrorMessage = p.Partition, out[0].err.Code, new(topicAuthorizationFailed)

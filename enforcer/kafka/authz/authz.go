@@ -19,7 +19,7 @@ type TopicID = [16]byte
 // Topics knows topic ids of one cluster. Name answers from memory and never blocks.
 type Topics interface {
 	Name(id TopicID) (name string, known bool)
-	// ID is the other way round. It is up to date once the list of topics was renewed.
+	// ID is the other way round. Of a topic on the list it is up to date once the list was renewed.
 	ID(name string) (id TopicID, known bool)
 }
 
@@ -48,7 +48,7 @@ type Ctx struct {
 	Fetch     *FetchSession // the connection's fetch session, replaced by the fetch handler; nil without one
 	Share     *ShareSession // so for its share session
 
-	follower bool // the fetch is a follower's
+	Follows *policy.Decision // on Cluster ClusterAction, of a follower's fetch
 
 	Checks  []Check   // every decision, in the order taken
 	Missing []TopicID // ids not known, or of topics refused; the session looks them up and calls the handler again

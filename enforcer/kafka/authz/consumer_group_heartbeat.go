@@ -147,11 +147,10 @@ func (s *subscription) invalid(err *regexError) Verdict {
 	})}
 }
 
-// mayDescribe decides Topic Describe for a topic the client did not name. That it does not see it is no refusal; that
-// it does goes on record.
-func (c *Ctx) mayDescribe(topic string) bool {
-	return c.Visible(kmsg.ACLResourceTypeTopic, topic, kmsg.ACLOperationDescribe) &&
-		c.AllowTopic(topic, kmsg.ACLOperationDescribe)
+// reveals decides about something the client did not name. That it does not see it is no refusal; that it does goes on
+// record.
+func (c *Ctx) reveals(t kmsg.ACLResourceType, name string, op kmsg.ACLOperation) bool {
+	return c.Visible(t, name, op) && c.Allow(t, name, op)
 }
 
 // allowEveryTopic decides and records an access that may be to any topic.

@@ -22,7 +22,7 @@ func createDelegationToken(c *Ctx, req *kmsg.CreateDelegationTokenRequest) Verdi
 	}
 	var err *kerr.Error
 	switch {
-	case c.Principal == "":
+	case !c.ownLogin(kmsg.ACLOperationCreate):
 		err = kerr.DelegationTokenRequestNotAllowed
 	case owner != requester && !c.Allow(kmsg.ACLResourceTypeUser, owner.String(), kmsg.ACLOperationCreateTokens):
 		err = kerr.DelegationTokenAuthorizationFailed
@@ -34,6 +34,14 @@ func createDelegationToken(c *Ctx, req *kmsg.CreateDelegationTokenRequest) Verdi
 	answer.TokenRequesterPrincipalType, answer.TokenRequesterPrincipalName = requester.kind, requester.name
 	answer.IssueTimestamp, answer.ExpiryTimestamp, answer.MaxTimestamp = -1, -1, -1
 	return Verdict{Answer: answer}
+}
+
+// ownLogin tells whether the client logged in itself. That it did not is on record as a refusal.
+func (c *Ctx) ownLogin(op kmsg.ACLOperation) bool {
+	if c.Principal == "" {
+		c.Checks = append(c.Checks, Check{Type: kmsg.ACLResourceTypeDelegationToken, Operation: op})
+	}
+	return c.Principal != ""
 }
 
 // principal is Kafka's KafkaPrincipal.

@@ -27,8 +27,7 @@ func deleteRecords(c *Ctx, req *kmsg.DeleteRecordsRequest) Verdict {
 		func(first, other *topic) { first.Partitions = append(first.Partitions, other.Partitions...) })
 	refused = slices.DeleteFunc(refused, func(t topic) bool { return len(t.Partitions) == 0 })
 	for i := range refused {
-		refused[i].Partitions = fold(refused[i].Partitions, func(p *partition) int32 { return p.Partition },
-			func(_, _ *partition) {})
+		refused[i].Partitions = once(refused[i].Partitions, func(p *partition) int32 { return p.Partition })
 	}
 	return partly(c, &forward, len(kept), func(_ *Ctx, resp *kmsg.DeleteRecordsResponse) {
 		resp.Topics = append(resp.Topics, refused...)

@@ -43,7 +43,7 @@ func deleteTopics(c *Ctx, req *kmsg.DeleteTopicsRequest) Verdict {
 	answered := map[metadataName]bool{}
 	for i := range all {
 		t := &all[i]
-		if k := key(t); twice[k] && (t.Topic == nil || t.TopicID == TopicID{}) {
+		if k := key(t); twice[k] && (t.Topic == nil) != (t.TopicID == TopicID{}) {
 			if !answered[k] {
 				refused = append(refused, refuseDelete(t, t.Topic, duplicateOf(t)))
 			}

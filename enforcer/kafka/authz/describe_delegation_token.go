@@ -12,7 +12,7 @@ import (
 // what it may not see is left out, and only a client that logged in itself may ask. Until version 3 the answer does not
 // tell who asked for a token, and who is neither its owner nor a renewer has to have a right.
 func describeDelegationToken(c *Ctx, req *kmsg.DescribeDelegationTokenRequest) Verdict {
-	if c.Principal == "" {
+	if !c.ownLogin(kmsg.ACLOperationDescribe) {
 		return Verdict{Answer: Refuse(req, kerr.DelegationTokenRequestNotAllowed, "")}
 	}
 	return Verdict{Edit: edit(func(c *Ctx, resp *kmsg.DescribeDelegationTokenResponse) {
@@ -28,6 +28,6 @@ func (c *Ctx) seesToken(t *kmsg.DescribeDelegationTokenResponseTokenDetail) bool
 		slices.ContainsFunc(t.Renewers, func(r kmsg.DescribeDelegationTokenResponseTokenDetailRenewer) bool {
 			return own == principal{r.PrincipalType, r.PrincipalName}
 		}) ||
-		c.Visible(kmsg.ACLResourceTypeDelegationToken, t.TokenID, kmsg.ACLOperationDescribe) ||
-		c.Visible(kmsg.ACLResourceTypeUser, owner.String(), kmsg.ACLOperationDescribeTokens)
+		c.reveals(kmsg.ACLResourceTypeDelegationToken, t.TokenID, kmsg.ACLOperationDescribe) ||
+		c.reveals(kmsg.ACLResourceTypeUser, owner.String(), kmsg.ACLOperationDescribeTokens)
 }

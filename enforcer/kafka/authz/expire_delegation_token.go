@@ -8,7 +8,7 @@ import (
 // expireDelegationToken: nothing. The broker lets the owner of the token and its renewers, whom it knows by their
 // principals, so only a client that logged in itself may ask.
 func expireDelegationToken(c *Ctx, req *kmsg.ExpireDelegationTokenRequest) Verdict {
-	if c.Principal != "" {
+	if c.ownLogin(kmsg.ACLOperationAlter) {
 		return Verdict{}
 	}
 	answer := as[*kmsg.ExpireDelegationTokenResponse](Refuse(req, kerr.DelegationTokenRequestNotAllowed, ""))

@@ -17,11 +17,13 @@ func fetch(c *Ctx, req *kmsg.FetchRequest) Verdict {
 			return fetchError(req, err)
 		}
 	}
-	follower := req.ReplicaID >= 0 || req.ReplicaState.ID >= 0
-	if follower && !c.AllowCluster(kmsg.ACLOperationClusterAction) {
-		return fetchRefuseAll(req)
+	if req.ReplicaID >= 0 || req.ReplicaState.ID >= 0 {
+		allowed := c.AllowCluster(kmsg.ACLOperationClusterAction)
+		c.Follows = &c.Checks[len(c.Checks)-1].Decision
+		if !allowed {
+			return fetchRefuseAll(req)
+		}
 	}
-	c.follower = follower
 	m := c.Fetch
 	if !incremental {
 		m = newFetchSession(c, req)
@@ -63,7 +65,7 @@ func filterFetch(c *Ctx, resp *kmsg.FetchResponse) {
 
 // fetchRefusal decides one topic; 0 lets it be read.
 func (c *Ctx) fetchRefusal(version int16, name string, id TopicID) int16 {
-	if c.follower && c.Visible(kmsg.ACLResourceTypeCluster, clusterName, kmsg.ACLOperationClusterAction) {
+	if c.Follows != nil && c.Visible(kmsg.ACLResourceTypeCluster, clusterName, kmsg.ACLOperationClusterAction) {
 		return 0
 	}
 	name, known := c.fetchName(version, name, id)

@@ -30,6 +30,7 @@ type FetchSession struct {
 	refused            map[string]int16 // error codes of topics that the broker's session does not have
 	total, kept        int              // partitions, and those of them that the broker's session has
 	view               *policy.View     // every topic is decided under this view
+	follows            bool             // and as a follower's
 }
 
 // Epochs of a full fetch: one that opens a session, and one without (FetchMetadata).
@@ -48,7 +49,7 @@ type fetchPart struct {
 
 func newFetchSession(c *Ctx, req *kmsg.FetchRequest) *FetchSession {
 	return &FetchSession{byID: req.Version >= 13, parts: make(map[string]map[int32]*fetchPart),
-		refused: make(map[string]int16), view: c.View}
+		refused: make(map[string]int16), view: c.View, follows: c.Follows != nil}
 }
 
 // Answered takes the session id out of the broker's answer, and returns the one that the client has to get; 0 means
@@ -89,12 +90,13 @@ func (m *FetchSession) judge(c *Ctx, req *kmsg.FetchRequest) (judged map[string]
 		t := &req.Topics[i]
 		judge(fetchKey(req.Version, t.Topic, t.TopicID), t.Topic, t.TopicID)
 	}
+	anew := m.view != c.View || m.follows != (c.Follows != nil)
 	again := maps.Keys(m.refused)
-	if m.view != c.View {
+	if anew {
 		again = maps.Keys(m.parts)
 	}
 	for _, key := range slices.Sorted(again) {
-		if m.view != c.View || m.refused[key] == kerr.UnknownTopicID.Code {
+		if anew || m.refused[key] == kerr.UnknownTopicID.Code {
 			name, id := m.unkey(key)
 			judge(key, name, id)
 		}
@@ -102,7 +104,7 @@ func (m *FetchSession) judge(c *Ctx, req *kmsg.FetchRequest) (judged map[string]
 	if len(c.Missing) > 0 && !c.Resolved {
 		return nil, false
 	}
-	m.view = c.View
+	m.view, m.follows = c.View, c.Follows != nil
 	return judged, true
 }
 
@@ -321,7 +323,7 @@ func (m *FetchSession) count(key string, n int) {
 // every topic is allowed under this very view.
 func (m *FetchSession) steady(id, epoch int32, view *policy.View) bool {
 	return m != nil && id != 0 && m.id.Load() == id && m.epoch == epoch && m.broker.Load() != 0 && len(m.refused) == 0 &&
-		m.view == view
+		m.view == view && !m.follows
 }
 
 // renames tells whether the client has another id for the session than the broker.

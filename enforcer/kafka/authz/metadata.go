@@ -127,14 +127,15 @@ func refuseMetadata(req *kmsg.MetadataRequest, err *kerr.Error) kmsg.Response {
 }
 
 // noCreate are those of the named topics that the request would create, were they missing, without the right to.
-func (c *Ctx) noCreate(req *kmsg.MetadataRequest, topics []kmsg.MetadataRequestTopic) (names []string) {
+func (c *Ctx) noCreate(req *kmsg.MetadataRequest, topics []kmsg.MetadataRequestTopic) (names map[string]bool) {
 	if req.Version >= 4 && !req.AllowAutoTopicCreation ||
 		c.Visible(kmsg.ACLResourceTypeCluster, clusterName, kmsg.ACLOperationCreate) {
 		return nil
 	}
+	names = map[string]bool{}
 	for _, t := range topics {
 		if t.Topic != nil && !c.Visible(kmsg.ACLResourceTypeTopic, *t.Topic, kmsg.ACLOperationCreate) {
-			names = append(names, *t.Topic)
+			names[*t.Topic] = true
 		}
 	}
 	return names
@@ -142,11 +143,11 @@ func (c *Ctx) noCreate(req *kmsg.MetadataRequest, topics []kmsg.MetadataRequestT
 
 // refuseMissing answers for the topics that would have had to be created. Only now is it known that a right was
 // missing.
-func (c *Ctx) refuseMissing(resp *kmsg.MetadataResponse, noCreate []string) {
+func (c *Ctx) refuseMissing(resp *kmsg.MetadataResponse, noCreate map[string]bool) {
 	for i := range resp.Topics {
 		t := &resp.Topics[i]
 		missing := t.ErrorCode == kerr.UnknownTopicOrPartition.Code || t.ErrorCode == kerr.InvalidTopicException.Code
-		if missing && t.Topic != nil && slices.Contains(noCreate, *t.Topic) &&
+		if missing && t.Topic != nil && noCreate[*t.Topic] &&
 			!c.allowTopicOrCluster(*t.Topic, kmsg.ACLOperationCreate) {
 			t.ErrorCode, t.TopicID, t.AuthorizedOperations = kerr.TopicAuthorizationFailed.Code, TopicID{}, noOperations
 		}
@@ -156,12 +157,15 @@ func (c *Ctx) refuseMissing(resp *kmsg.MetadataResponse, noCreate []string) {
 // keepNamed cuts an answer about all topics down to the named ones. Those not in it do not exist.
 func keepNamed(resp *kmsg.MetadataResponse, named []kmsg.MetadataRequestTopic) {
 	var topics []kmsg.MetadataResponseTopic
+	there := map[string]kmsg.MetadataResponseTopic{}
+	for _, t := range resp.Topics {
+		if t.Topic != nil {
+			there[*t.Topic] = t
+		}
+	}
 	for _, n := range once(named, nameOf) {
-		at := slices.IndexFunc(resp.Topics, func(t kmsg.MetadataResponseTopic) bool {
-			return t.Topic != nil && *t.Topic == *n.Topic
-		})
-		if at >= 0 {
-			topics = append(topics, resp.Topics[at])
+		if t, is := there[*n.Topic]; is {
+			topics = append(topics, t)
 			continue
 		}
 		t := kmsg.NewMetadataResponseTopic()

@@ -8,7 +8,7 @@ import (
 // renewDelegationToken: nothing. The broker lets the owner of the token and its renewers, whom it knows by their
 // principals, so only a client that logged in itself may ask.
 func renewDelegationToken(c *Ctx, req *kmsg.RenewDelegationTokenRequest) Verdict {
-	if c.Principal != "" {
+	if c.ownLogin(kmsg.ACLOperationAlter) {
 		return Verdict{}
 	}
 	answer := as[*kmsg.RenewDelegationTokenResponse](Refuse(req, kerr.DelegationTokenRequestNotAllowed, ""))

@@ -211,6 +211,7 @@ func (m *ShareSession) Weight() (n int64) {
 	if m == nil {
 		return 0
 	}
+	n = int64(len(m.group) + len(m.member))
 	for _, parts := range m.parts {
 		n += mirroredTopic + int64(len(parts))*mirroredPartition
 	}

@@ -1,7 +1,6 @@
 package authz
 
 import (
-	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
@@ -9,8 +8,5 @@ import (
 // WriteShareGroupState, DeleteShareGroupState, ReadShareGroupStateSummary): Cluster ClusterAction, and all or nothing.
 // They are in one file because a broker treats them all alike.
 func shareGroupState(c *Ctx, req kmsg.Request) Verdict {
-	if c.AllowCluster(kmsg.ACLOperationClusterAction) {
-		return Verdict{}
-	}
-	return Verdict{Answer: Refuse(req, kerr.ClusterAuthorizationFailed, clusterAuthorizationFailed)}
+	return c.onCluster(req, kmsg.ACLOperationClusterAction, clusterAuthorizationFailed)
 }

@@ -69,7 +69,7 @@ func (c *Ctx) joinStreams(req *kmsg.StreamsGroupHeartbeatRequest) Verdict {
 	}
 	w.sources, w.internal = sorted(w.sources), sorted(w.internal)
 	if len(c.notCreatable(w.internal)) == 0 {
-		return Verdict{}
+		return c.joins(req)
 	}
 	if !c.Renewed {
 		c.Stale = true // topics may have come or gone since the list was made
@@ -77,13 +77,16 @@ func (c *Ctx) joinStreams(req *kmsg.StreamsGroupHeartbeatRequest) Verdict {
 	}
 	missing, refused := c.toCreate(w)
 	if len(refused) == 0 {
-		return Verdict{}
-	}
-	for _, topic := range refused {
-		c.allowTopicOrCluster(topic, kmsg.ACLOperationCreate) // on record
+		return c.joins(req)
 	}
 	c.setMember(req.Group, req.MemberID, &Member{waiting: w})
 	return Verdict{Answer: w.answer(c, req, missing, refused)}
+}
+
+// joins lets the broker have a member, which may have waited before.
+func (c *Ctx) joins(req *kmsg.StreamsGroupHeartbeatRequest) Verdict {
+	c.setMember(req.Group, req.MemberID, nil)
+	return Verdict{}
 }
 
 // waiting is a member that waits outside of its streams group, for topics it may not create.
@@ -143,6 +146,9 @@ const (
 
 // answer is what a broker answers a member that it may create no topics for.
 func (w *waiting) answer(c *Ctx, req *kmsg.StreamsGroupHeartbeatRequest, missing, refused []string) kmsg.Response {
+	for _, topic := range refused {
+		c.allowTopicOrCluster(topic, kmsg.ACLOperationCreate) // on record
+	}
 	status := kmsg.StreamsGroupHeartbeatResponseStatus{
 		StatusCode: missingInternalTopics,
 		StatusDetail: fmt.Sprintf("Internal topics are missing: %s; Unauthorized to CREATE on topics %s.", summary(missing),

@@ -151,7 +151,10 @@ func (s *Subscription) match(c *Ctx) {
 	if err != nil {
 		return // it was compiled when it was subscribed to; one that a broker had may be too large for us
 	}
-	s.matched = keep(names, func(name string) bool { return re.matches(name) && c.mayDescribe(name) })
+	s.matched = keep(names, func(name string) bool { // the expression last: it may be slow
+		return c.Visible(kmsg.ACLResourceTypeTopic, name, kmsg.ACLOperationDescribe) && re.matches(name) &&
+			c.AllowTopic(name, kmsg.ACLOperationDescribe)
+	})
 	s.edition, s.view = edition, c.View
 }
 

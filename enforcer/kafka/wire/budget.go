@@ -53,6 +53,7 @@ type Account struct {
 	owner  *owner
 	evict  func(error)
 	done   <-chan struct{}
+	lasts  bool
 
 	// under the budget's lock
 	held    int64
@@ -84,6 +85,13 @@ func (b *Budget) Open(name string, evict func(error), done <-chan struct{}) *Acc
 	}
 	a := &Account{budget: b, name: name, owner: o, evict: evict, done: done}
 	o.accounts[a] = struct{}{}
+	return a
+}
+
+// Lasting makes it an account of what is not given back as work gets on, like the state of a session: how long it has
+// been held tells nothing.
+func (a *Account) Lasting() *Account {
+	a.lasts = true
 	return a
 }
 
@@ -256,7 +264,7 @@ func (b *Budget) makeRoom(w *waiter) {
 // victim is the account that took its share longest ago, of the owner that holds most; before that, of any owner, one
 // that has held its share longer than it takes who gets on at all.
 func (b *Budget) victim(w *waiter) (victim *Account) {
-	if a := b.overdue(); a != nil {
+	if a := b.overdue(w); a != nil {
 		return a
 	}
 	var most *owner
@@ -269,17 +277,17 @@ func (b *Budget) victim(w *waiter) (victim *Account) {
 		return nil
 	}
 	for a := range most.accounts {
-		if a.stuck(budgetTurn) && (victim == nil || a.since.Before(victim.since)) {
+		if a != w.account && a.stuck(budgetTurn) && (victim == nil || a.since.Before(victim.since)) {
 			victim = a
 		}
 	}
 	return victim
 }
 
-func (b *Budget) overdue() *Account {
+func (b *Budget) overdue(w *waiter) *Account {
 	for _, o := range b.owners {
 		for a := range o.accounts {
-			if a.stuck(stallTimeout + time.Duration(a.held)*time.Second/stallRate) {
+			if a != w.account && !a.lasts && a.stuck(stallTimeout+time.Duration(a.held)*time.Second/stallRate) {
 				return a
 			}
 		}

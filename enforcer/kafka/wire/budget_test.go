@@ -145,6 +145,33 @@ func TestASlowOneGivesWayToItsEqual(t *testing.T) {
 	})
 }
 
+// What lasts is not slow. Its owner gives way where it holds most, and to others alone.
+func TestWhatLastsIsNotOverdue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := NewBudget(100)
+		lasts := b.Open("modest", func(error) { t.Error("evicted") }, nil).Lasting()
+		if err := lasts.Acquire(30); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Hour)
+		evicted := make(chan struct{})
+		greedy := holding(t, b, "greedy", 70, func(error) { close(evicted) })
+		go func() {
+			<-evicted
+			greedy.Close()
+		}()
+		got := make(chan acquired, 1)
+		acquire(b, "other", 10, got)
+		if a := <-got; a.err != nil {
+			t.Errorf("%+v", a)
+		}
+		if err := lasts.Acquire(80); !errors.Is(err, ErrBudget) {
+			t.Errorf("more than there is: %v", err)
+		}
+		lasts.Close()
+	})
+}
+
 func TestWhoGetsOnIsNotEvicted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := NewBudget(100)

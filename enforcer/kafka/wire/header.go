@@ -35,15 +35,6 @@ var flexibleFrom = func() (from [kmsg.MaxKey + 1]int16) {
 	return from
 }()
 
-// Known tells whether kmsg has a message of this key and version.
-func Known(key, version int16) bool {
-	if key < 0 || key > kmsg.MaxKey || version < 0 {
-		return false
-	}
-	req := kmsg.RequestForKey(key)
-	return req != nil && version <= req.MaxVersion()
-}
-
 // Flexible tells whether messages of this key and version use compact types and tagged fields.
 func Flexible(key, version int16) bool {
 	return key >= 0 && key <= kmsg.MaxKey && version >= flexibleFrom[key]

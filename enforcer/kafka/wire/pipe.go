@@ -155,6 +155,9 @@ func (p *Pipe) inTime(n int, begun bool) ([]byte, error) {
 	if p.w-p.r >= n || p.in == nil || !p.finishBy.IsZero() || p.Hurries() {
 		return p.need(n)
 	}
+	if err := p.Flush(); err != nil { // which takes the time of whom it is for
+		return nil, err
+	}
 	by := time.Now().Add(stallTimeout + time.Duration(n)*time.Second/stallRate)
 	if err := p.deadline(by); err != nil {
 		return nil, err
@@ -268,12 +271,17 @@ func (p *Pipe) Flush() error {
 		p.vec = p.out
 		_, err = p.vec.WriteTo(p.dst)
 	}
-	clear(p.out)
-	p.out, p.open = p.out[:0], false
+	p.Forget()
 	if err != nil || p.after == nil {
 		return err
 	}
 	return p.after()
+}
+
+// Forget drops what was passed and emitted and is not written.
+func (p *Pipe) Forget() {
+	clear(p.out)
+	p.out, p.open = p.out[:0], false
 }
 
 // Wipe overwrites all of the buffer that is not still to be judged: a password may have stood there. Flush first.

@@ -217,6 +217,39 @@ func TestAStoppedPipeWaitsForNoFrameAndNotLongForTheRestOfOne(t *testing.T) {
 }
 
 // What holds no memory may wait for ever, and what has begun may not.
+// slowly is a writer that takes its time.
+type slowly time.Duration
+
+func (s slowly) Write(b []byte) (int, error) {
+	time.Sleep(time.Duration(s))
+	return len(b), nil
+}
+
+func TestASlowReaderIsNotTheSendersFault(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		src, peer := net.Pipe()
+		p := NewPipe(src, slowly(2*stallTimeout), NewBudget(1<<20).Open("", nil, nil), nil, nil)
+		defer p.Close()
+		var sender sync.WaitGroup
+		sender.Go(func() {
+			for range 2 {
+				_, _ = peer.Write([]byte("a")) // fails with the pipe
+			}
+		})
+		for range 2 {
+			if _, err := p.Rest(1); err != nil {
+				t.Error(err)
+				break
+			}
+			p.Pass(1)
+		}
+		if err := errors.Join(src.Close(), peer.Close()); err != nil {
+			t.Error(err)
+		}
+		sender.Wait()
+	})
+}
+
 func TestTheRestOfAFrameMustCome(t *testing.T) {
 	const forever, slowly = 24 * time.Hour, 10 * time.Second
 	for name, c := range map[string]struct {

@@ -18,10 +18,11 @@ type Entry[T any] struct {
 var ErrClosed = errors.New("the connection is closing")
 
 // Entries that keep at most BaseBuffer bytes may keep so many together, unseen by the budget. So many entries are used
-// again.
+// again, of those that kept no more than maxReused: they go on keeping it.
 const (
-	maxKept = 4 * BaseBuffer
-	maxFree = 32
+	maxKept   = 4 * BaseBuffer
+	maxFree   = 32
+	maxReused = 4 << 10
 )
 
 // Queue holds the answers a connection owes its client, in the order of the requests: Kafka's clients match answers by
@@ -45,7 +46,7 @@ type Queue[T any] struct {
 }
 
 // NewQueue makes a queue of at most limit entries that writes our own answers to client. What entries keep is taken
-// from account, which is the queue's own.
+// from account.
 func NewQueue[T any](client io.Writer, limit int, account *Account) *Queue[T] {
 	q := &Queue[T]{client: client, max: limit, ring: make([]*Entry[T], 4), account: account}
 	q.change.L = &q.mu
@@ -202,14 +203,14 @@ func (q *Queue[T]) pop() {
 }
 
 func (q *Queue[T]) recycle(e *Entry[T]) {
-	large := e.kept > BaseBuffer
-	if large {
+	if e.kept > BaseBuffer {
 		q.account.Release(e.kept)
 	}
-	e.Ours, e.done, e.kept = nil, false, 0
-	if !large && len(q.free) < maxFree {
-		q.free = append(q.free, e)
+	if e.kept > maxReused || len(q.free) >= maxFree {
+		return
 	}
+	e.Ours, e.done, e.kept = nil, false, 0
+	q.free = append(q.free, e)
 }
 
 // writeOurs writes under the lock: whoever else wants to write to the client has to wait for these bytes anyway.

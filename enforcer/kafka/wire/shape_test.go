@@ -39,7 +39,7 @@ func newMessage(d direction, key, version int16) message {
 func everyMessage(t *testing.T, f func(t *testing.T, d direction, key, version int16)) {
 	for key := range int16(kmsg.MaxKey + 1) {
 		for _, d := range []direction{request, response} {
-			for version := int16(0); Known(key, version); version++ {
+			for version := int16(0); known(key, version); version++ {
 				t.Run(fmt.Sprintf("%s v%d %s", kmsg.NameForKey(key), version, d), func(t *testing.T) {
 					f(t, d, key, version)
 				})
@@ -515,7 +515,7 @@ func BenchmarkCheck(b *testing.B) {
 // FuzzCheck gives the walk arbitrary bytes. What it accepts, kmsg must come to an end with.
 func FuzzCheck(f *testing.F) {
 	for key := range int16(kmsg.MaxKey + 1) {
-		for version := int16(0); Known(key, version); version++ {
+		for version := int16(0); known(key, version); version++ {
 			random := newFiller(key, version)
 			f.Add(key, version, random.body(request, key, version), random.body(response, key, version))
 		}
@@ -546,4 +546,13 @@ func FuzzCheck(f *testing.F) {
 			}
 		}
 	})
+}
+
+// known tells whether kmsg has a message of this key and version.
+func known(key, version int16) bool {
+	if key < 0 || key > kmsg.MaxKey || version < 0 {
+		return false
+	}
+	req := kmsg.RequestForKey(key)
+	return req != nil && version <= req.MaxVersion()
 }

@@ -232,7 +232,8 @@ func checkRandom(t *testing.T, seed uint64) {
 			super = append(super, name)
 		}
 	}
-	p, err := Translate(all, Options{SuperUsers: super, Principals: map[string][]string{"User:m": {"spiffe://t/m/*", "spiffe://t/n"}}})
+	p, err := Translate(all, Options{SuperUsers: super,
+		Principals: map[string][]string{"User:m": {"spiffe://t/m/*", "spiffe://t/n"}}})
 	if err != nil {
 		t.Fatalf("seed %d: %v", seed, err)
 	}
