@@ -8,7 +8,7 @@ import (
 	"klamm/enforcer/policy"
 )
 
-// maxTopics bounds a connection's memory of topics; past it the memory starts anew. What may be neither read nor written
+// maxTopics bounds a connection's memory of topics; past it the memory starts anew. What may not be read nor written
 // is not remembered, nor what no topic can be called, for its length (Topic.MAX_NAME_LENGTH of Apache Kafka).
 const (
 	maxTopics    = 4096
