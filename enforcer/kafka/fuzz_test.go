@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"iter"
+	"reflect"
 	"testing"
 	"time"
 
@@ -293,7 +294,8 @@ func FuzzShareFetchInPlace(f *testing.F) {
 		if version < authz.Table[kmsg.ShareFetch].Min || version > authz.Table[kmsg.ShareFetch].Max {
 			return
 		}
-		s.ctx.Share = s.shareSes
+		inPlace, decoded := *s.shareSes, *s.shareSes
+		s.ctx.Share = &inPlace
 		yes := false
 		bounds.Check(t, len(body), 64, func() {
 			yes = authz.ShareFetchInPlace(s.ctx, version, body, s.allowed.shareGroup, s.allowed.shareFetch)
@@ -306,8 +308,11 @@ func FuzzShareFetchInPlace(f *testing.F) {
 		if err := req.ReadFrom(body); err != nil {
 			t.Fatalf("decided in place, but it does not decode: %v", err)
 		}
-		ctx := &authz.Ctx{View: s.view(), Topics: s.conn.Cluster, Share: s.shareSes}
+		ctx := &authz.Ctx{View: s.view(), Topics: s.conn.Cluster, Share: &decoded}
 		v := authz.Table[kmsg.ShareFetch].Decide(ctx, req)
+		if !reflect.DeepEqual(inPlace, decoded) {
+			t.Errorf("the session is %+v, decoded %+v", inPlace, decoded)
+		}
 		if v.Answer != nil || v.Forward != nil || v.Edit != nil || v.Close != "" || len(ctx.Missing) > 0 {
 			t.Fatalf("decided in place, but the handler says %+v", v)
 		}

@@ -32,6 +32,7 @@ func (a *again) Read(b []byte) (int, error) {
 type steady struct {
 	*session
 	answer []byte
+	opened authz.ShareSession // as each request finds it
 }
 
 func newSteady(t testing.TB, rules string, request, answer []byte) *steady {
@@ -48,11 +49,12 @@ func newSteady(t testing.TB, rules string, request, answer []byte) *steady {
 	opened := &authz.Ctx{View: s.view(), Topics: s.conn.Cluster}
 	authz.Table[kmsg.ShareFetch].Decide(opened, shareFetchRequest(2, 0, false, "orders"))
 	s.shareSes = opened.Share
-	return &steady{s, answer}
+	return &steady{s, answer, *opened.Share}
 }
 
 // once carries the request to the broker and the answer back.
 func (s *steady) once(t testing.TB) {
+	*s.shareSes = s.opened
 	b, err := s.up.Need(wire.SizePrefix)
 	if err != nil {
 		t.Fatal(err)

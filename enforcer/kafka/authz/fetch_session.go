@@ -158,7 +158,7 @@ func (m *FetchSession) increment(c *Ctx, req *kmsg.FetchRequest, judged map[stri
 	if known != req.SessionID || m.brokerEpoch != m.epoch {
 		up.SessionID, up.SessionEpoch, up.changed = known, m.brokerEpoch, true
 	}
-	m.epoch, m.brokerEpoch = nextFetchEpoch(m.epoch), nextFetchEpoch(m.brokerEpoch)
+	m.epoch, m.brokerEpoch = nextEpoch(m.epoch), nextEpoch(m.brokerEpoch)
 	if m.total == 0 { // then a broker ends the session
 		c.Fetch = nil
 		m.id.Store(0)
@@ -186,8 +186,8 @@ func (m *FetchSession) increment(c *Ctx, req *kmsg.FetchRequest, judged map[stri
 	return v
 }
 
-// nextFetchEpoch is FetchMetadata.nextEpoch of Apache Kafka.
-func nextFetchEpoch(epoch int32) int32 { return max(1, epoch+1) }
+// nextEpoch is FetchMetadata.nextEpoch and ShareRequestMetadata.nextEpoch of Apache Kafka.
+func nextEpoch(epoch int32) int32 { return max(1, epoch+1) }
 
 // apply takes a request into the mirror. As in FetchSession of Apache Kafka, what the request names is in the session
 // before what it forgets is taken out.

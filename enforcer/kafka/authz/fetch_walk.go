@@ -63,7 +63,7 @@ func FetchInPlace(c *Ctx, version int16, body []byte, allowed func(name []byte, 
 func (m *FetchSession) next(session []byte) {
 	binary.BigEndian.PutUint32(session, uint32(m.broker.Load()))
 	binary.BigEndian.PutUint32(session[4:], uint32(m.brokerEpoch))
-	m.epoch, m.brokerEpoch = nextFetchEpoch(m.epoch), nextFetchEpoch(m.brokerEpoch)
+	m.epoch, m.brokerEpoch = nextEpoch(m.epoch), nextEpoch(m.brokerEpoch)
 }
 
 // fetchWalk steps through the topics and partitions of an encoded fetch.

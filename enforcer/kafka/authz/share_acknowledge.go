@@ -19,8 +19,14 @@ func shareAcknowledge(c *Ctx, req *kmsg.ShareAcknowledgeRequest) Verdict {
 	if len(c.Missing) > 0 && !c.Resolved {
 		return Verdict{}
 	}
-	if req.ShareSessionEpoch == shareCloses && c.Share.is(*req.GroupID, *req.MemberID) {
+	switch mine := c.Share.is(*req.GroupID, *req.MemberID); {
+	case !mine:
+	case req.ShareSessionEpoch == shareCloses:
 		c.Share = nil
+	case req.ShareSessionEpoch != c.Share.epoch:
+		return Verdict{Answer: Refuse(req, kerr.InvalidShareSessionEpoch, "")}
+	default:
+		c.Share.epoch = nextEpoch(c.Share.epoch)
 	}
 	if len(out) == 0 {
 		return Verdict{}

@@ -27,6 +27,7 @@ type ShareSession struct {
 	parts         map[TopicID]map[int32]struct{}
 	refused       map[TopicID]*kerr.Error // topics that the broker's session does not have, and why
 	view          *policy.View            // every topic is decided under this view
+	epoch         int32                   // of the next request
 }
 
 // shareFetch: Group Read, then Topic Read, which covers the acknowledgements that come along. Unlike a Fetch it reaches
@@ -46,12 +47,16 @@ func shareFetch(c *Ctx, req *kmsg.ShareFetchRequest) Verdict {
 		if a.acknowledges {
 			return Verdict{Answer: Refuse(req, kerr.InvalidRequest, "")}
 		}
-		m = &ShareSession{*req.GroupID, *req.MemberID, map[TopicID]map[int32]struct{}{}, map[TopicID]*kerr.Error{}, c.View}
+		m = &ShareSession{group: *req.GroupID, member: *req.MemberID, parts: map[TopicID]map[int32]struct{}{},
+			refused: map[TopicID]*kerr.Error{}, view: c.View}
 	case shareCloses: // of whichever connection the session is
 		m, closes = &ShareSession{view: c.View}, true
 	default:
 		if !mine {
 			return Verdict{Answer: Refuse(req, kerr.ShareSessionNotFound, "")}
+		}
+		if m.epoch != req.ShareSessionEpoch {
+			return Verdict{Answer: Refuse(req, kerr.InvalidShareSessionEpoch, "")}
 		}
 	}
 	judged, known := m.judge(c, req)
@@ -64,6 +69,7 @@ func shareFetch(c *Ctx, req *kmsg.ShareFetchRequest) Verdict {
 		up.ForgottenTopicsData = req.ForgottenTopicsData
 		up.take(req, judged, &a)
 	} else {
+		m.epoch = nextEpoch(req.ShareSessionEpoch)
 		m.apply(req, up, judged, &a)
 		c.Share = m
 	}
@@ -202,8 +208,9 @@ func (m *ShareSession) refuse(a *shareAnswer) {
 
 // steady tells whether nothing stands between the client's session and the broker's: every topic is allowed under this
 // very view.
-func (m *ShareSession) steady(group, member []byte, view *policy.View) bool {
-	return m != nil && m.group == string(group) && m.member == string(member) && len(m.refused) == 0 && m.view == view
+func (m *ShareSession) steady(group, member []byte, epoch int32, view *policy.View) bool {
+	return m != nil && m.group == string(group) && m.member == string(member) && m.epoch == epoch &&
+		len(m.refused) == 0 && m.view == view
 }
 
 // Weight is about how many bytes of memory the mirror takes.

@@ -14,7 +14,7 @@ func ShareFetchInPlace(
 ) bool {
 	w := WalkShare(kmsg.ShareFetch, version, body)
 	if w.Bad || w.renews || w.epoch == shareOpens || w.epoch == shareCloses ||
-		!c.Share.steady(w.group, w.member, c.View) || !group(w.group) {
+		!c.Share.steady(w.group, w.member, w.epoch, c.View) || !group(w.group) {
 		return false
 	}
 	for w.NextTopic() {
@@ -28,7 +28,11 @@ func ShareFetchInPlace(
 		}
 	}
 	forgets := w.Array(leastForgotten) > 0
-	return !forgets && w.SkipTags() == 0 && !w.tagged && !w.Bad && w.Off == len(body)
+	if forgets || w.SkipTags() > 0 || w.tagged || w.Bad || w.Off != len(body) {
+		return false
+	}
+	c.Share.epoch = nextEpoch(w.epoch)
+	return true
 }
 
 // Fewest bytes of what stands in lists: a topic, a partition, a batch of acknowledgements, a forgotten topic.
