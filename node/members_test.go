@@ -1,7 +1,9 @@
 package node
 
 import (
+	"context"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -62,5 +64,28 @@ func TestMembersAreForgottenThatWereNotHeardOfForLongest(t *testing.T) {
 	m.SetMember("g", "0", nil)
 	if m.Member("g", "0") != nil {
 		t.Error("a member that has left is known")
+	}
+}
+
+func TestMembersThatClientsInventTakeNoMoreThanOthers(t *testing.T) {
+	m := newMembers(patient, zerolog.New(zerolog.NewTestWriter(t)))
+	const long = 1 << 20
+	for i := range 2 * maxMemberSize / long {
+		m.SetMember("g", strconv.Itoa(i)+strings.Repeat("x", long), &authz.Member{})
+	}
+	if n := len(m.young) + len(m.old); n*long > maxMemberSize {
+		t.Errorf("%d members of 1 MiB are kept", n)
+	}
+	look := func(func(context.Context)) {}
+	m.want(authz.MemberName{Group: "g", ID: strings.Repeat("x", maxMemberName)}, look, nil)
+	for i := range maxWanted + 1 {
+		m.want(authz.MemberName{Group: "g", ID: strconv.Itoa(i)}, look, nil)
+		m.want(authz.MemberName{Group: "g", ID: strconv.Itoa(i)}, look, nil)
+	}
+	if n := len(m.wanted["g"]); n != maxWanted {
+		t.Errorf("%d members are to be looked up", n)
+	}
+	if m.some(); m.wants != 0 || len(m.wanted) != 0 {
+		t.Errorf("%d are left, %d are counted", len(m.wanted), m.wants)
 	}
 }
