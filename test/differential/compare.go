@@ -20,6 +20,7 @@ var volatile = map[string]string{
 	"ApiVersions.FinalizedFeaturesEpoch":                    "how far the metadata log is",
 	"DescribeTransactions.TransactionStates.StartTimestamp": "when it was",
 	"Fetch.SessionID":                                       "chosen at random, but for 0",
+	"GetTelemetrySubscriptions.SubscriptionID":              "of an id chosen at random, but for 0",
 	"JoinGroup.MemberID":                                    "chosen at random",
 	"JoinGroup.LeaderID":                                    "chosen at random",
 	"JoinGroup.Members.MemberID":                            "chosen at random",
@@ -147,6 +148,9 @@ func (w *viewer) view(v reflect.Value, path string) any {
 	case reflect.Struct:
 		return w.fields(v, path)
 	case reflect.Array:
+		if name, is := w.kept(textOf(v)); is && !v.IsZero() && !strings.HasSuffix(path, ".TopicID") {
+			return name
+		}
 		name, err := w.play.sides[w.side].named(v.Interface().([16]byte))
 		if err != nil {
 			w.err = err
@@ -212,7 +216,7 @@ func isVolatile(path string) bool {
 // hazy is what is compared of a volatile field.
 func hazy(path string, v reflect.Value) any {
 	switch {
-	case strings.HasSuffix(path, ".SessionID"): // 0 is none
+	case strings.HasSuffix(path, ".SessionID"), strings.HasSuffix(path, ".SubscriptionID"): // 0 is none
 		return v.Int() != 0
 	case v.CanInt() && v.Type().Size() >= 4 && v.Int() < 0:
 		return "negative"
@@ -247,13 +251,20 @@ func (w *viewer) text(s string, null bool) any {
 		return nil
 	}
 	s = strings.ReplaceAll(s, w.play.sides[w.side].host, "BROKER")
+	if name, is := w.kept(s); is {
+		return name
+	}
+	return s
+}
+
+func (w *viewer) kept(s string) (placeholder string, is bool) {
 	kept := w.play.kept[w.side]
 	for _, name := range slices.Sorted(maps.Keys(kept)) {
 		if kept[name] != "" && s == kept[name] {
-			return "${" + name + "}"
+			return "${" + name + "}", true
 		}
 	}
-	return s
+	return "", false
 }
 
 // difference is where two answers differ.

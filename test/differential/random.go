@@ -60,13 +60,19 @@ var never = map[kmsg.Key]string{
 	kmsg.WriteTxnMarkers:  "a broker never answers those that name no partition or one twice",
 	kmsg.ListGroups:       "the members that random requests leave behind end with the time",
 
+	kmsg.GetTelemetrySubscriptions: clientsEnd,
+	kmsg.PushTelemetry:             clientsEnd,
+
 	kmsg.CreateDelegationToken:   tokensEnd,
 	kmsg.RenewDelegationToken:    tokensEnd,
 	kmsg.ExpireDelegationToken:   tokensEnd,
 	kmsg.DescribeDelegationToken: tokensEnd,
 }
 
-const tokensEnd = "tokens end with the time, on each cluster at another"
+const (
+	tokensEnd  = "tokens end with the time, on each cluster at another"
+	clientsEnd = "a broker knows a client again, until some time after its connection ended"
+)
 
 // mighty are users that may take the world apart, and byOthers the APIs by which they would: random requests of these
 // are others'.

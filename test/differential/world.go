@@ -114,7 +114,7 @@ func (w *world) startClusters(ctx context.Context) error {
 	}
 	sides := []**side{&w.direct, &w.through, &w.throughACLs}
 	for i, o := range options { // one after the other: each start takes all of a small machine
-		o.Version, o.Users, o.Config = w.version, users, config
+		o.Version, o.Users, o.Config, o.Telemetry = w.version, users, config, true
 		c, err := kafka.New(ctx, o)
 		if err != nil {
 			return err

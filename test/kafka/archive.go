@@ -27,15 +27,16 @@ func useArchive(dir string) []string {
 func ArchiveTool(ctx context.Context, dir, class string, args ...string) error {
 	draft := archiveOf(dir) + ".draft"
 	options := append([]string{"-XX:ArchiveClassesAtExit=" + draft, noArchiveLog}, quiet...)
-	if out, err := java(ctx, dir, toolHeap, options, append([]string{class}, args...)).CombinedOutput(); err != nil {
+	if out, err := java(ctx, jars(dir), toolHeap, options, append([]string{class}, args...)).CombinedOutput(); err != nil {
 		return fmt.Errorf("archive the classes of %s: %w\n%s", class, err, out)
 	}
 	return os.Rename(draft, archiveOf(dir))
 }
 
-// archive returns the options by which a broker uses the archive of its classes, or writes it when it ends.
+// archive returns the options by which a broker uses the archive of its classes, or writes it when it ends. What more
+// it has on its class path is not in the way of using it, but of writing one for others.
 func (c *Cluster) archive(b *broker) []string {
-	if use := useArchive(c.classes); use != nil || b != c.brokers[0] {
+	if use := useArchive(c.classes); use != nil || b != c.brokers[0] || c.receiver != "" {
 		return use
 	}
 	return []string{"-XX:ArchiveClassesAtExit=" + c.archiveDraft(), noArchiveLog}

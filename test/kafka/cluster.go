@@ -65,6 +65,7 @@ type Options struct {
 	MaxReauth  time.Duration     // connections.max.reauth.ms of the SASL listeners (KIP-368); 0: sessions do not end
 	Racks      bool              // each broker is a rack, and consumers may read from the replica of theirs (KIP-392)
 	Decisions  bool              // the authorizer logs each decision, for Cluster.Decisions
+	Telemetry  bool              // brokers ask clients for their metrics (KIP-714), and throw them away
 	Heap       string            // of each broker, as -Xmx has it; empty: 256m
 	Cgroup     string            // cgroup2 directory the brokers run in; empty: the caller's
 	Dir        string            // where data and logs go; empty: a temporary directory that Stop removes
@@ -72,13 +73,14 @@ type Options struct {
 
 // Cluster is a running Kafka cluster. Its methods are not for concurrent use.
 type Cluster struct {
-	opts    Options
-	classes string // directory of jars
-	dir     string
-	block   int // x of the brokers' addresses 127.92.x.y
-	claim   net.Listener
-	brokers []*broker
-	served  bool // all brokers were ready once
+	opts     Options
+	classes  string // directory of jars
+	receiver string // directory of the class that receives clients' metrics; empty: none does
+	dir      string
+	block    int // x of the brokers' addresses 127.92.x.y
+	claim    net.Listener
+	brokers  []*broker
+	served   bool // all brokers were ready once
 }
 
 type broker struct {
@@ -118,6 +120,11 @@ func New(ctx context.Context, opts Options) (*Cluster, error) {
 		return nil, err
 	}
 	c := &Cluster{opts: opts, classes: classes, dir: opts.Dir}
+	if opts.Telemetry {
+		if c.receiver, err = installed("kafka", "telemetry-receiver"); err != nil {
+			return nil, err
+		}
+	}
 	if c.dir == "" {
 		if c.dir, err = os.MkdirTemp("", "klamm-kafka-"); err != nil {
 			return nil, fmt.Errorf("make a directory for Kafka: %w", err)
@@ -208,7 +215,7 @@ func (c *Cluster) format(ctx context.Context, b *broker) error {
 			args = append(args, "--add-scram", fmt.Sprintf("%s=[name=%s,password=%s]", mechanism, name, password))
 		}
 	}
-	out, err := java(ctx, c.classes, toolHeap, quiet, args).CombinedOutput()
+	out, err := java(ctx, jars(c.classes), toolHeap, quiet, args).CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("format the storage of broker %d: %w\n%s", b.id, err, out)
 	}
@@ -241,7 +248,11 @@ func (c *Cluster) run(b *broker) error {
 	}
 	// The broker outlives the context of the call that started it.
 	heap := "-Xmx" + cmp.Or(c.opts.Heap, brokerHeap)
-	cmd := java(context.Background(), c.classes, heap, options, []string{"kafka.Kafka", b.config()})
+	classPath := jars(c.classes)
+	if c.receiver != "" {
+		classPath += ":" + c.receiver
+	}
+	cmd := java(context.Background(), classPath, heap, options, []string{"kafka.Kafka", b.config()})
 	cmd.Stdout, cmd.Stderr = log, log
 	if err := (Place{Cgroup: c.opts.Cgroup}).Start(cmd); err != nil {
 		return fmt.Errorf("run broker %d: %w", b.id, err)

@@ -43,13 +43,13 @@ func Tool(ctx context.Context, class string, args ...string) (*exec.Cmd, error) 
 	if err != nil {
 		return nil, err
 	}
-	return java(ctx, dir, toolHeap, useArchive(dir), append([]string{class}, args...)), nil
+	return java(ctx, jars(dir), toolHeap, useArchive(dir), append([]string{class}, args...)), nil
 }
 
 // JavaTool returns the words of the command that runs a tool of the classes in dir, with options of the Java runtime:
 // the class and its arguments follow.
 func JavaTool(dir string, options ...string) []string {
-	return words(dir, toolHeap, append(useArchive(dir), options...))
+	return words(jars(dir), toolHeap, append(useArchive(dir), options...))
 }
 
 // ToolsDir returns the directory with the classes of Kafka's Java tools, or an error that says how to install them.
@@ -87,12 +87,14 @@ func installed(setup, name string) (string, error) {
 }
 
 // java returns a command tuned for a quick start and a small footprint: tests start many and none lives long.
-func java(ctx context.Context, dir, heap string, options, args []string) *exec.Cmd {
-	all := append(words(dir, heap, options), args...)
+func java(ctx context.Context, classPath, heap string, options, args []string) *exec.Cmd {
+	all := append(words(classPath, heap, options), args...)
 	return exec.CommandContext(ctx, all[0], all[1:]...)
 }
 
-func words(dir, heap string, options []string) []string {
+func words(classPath, heap string, options []string) []string {
 	all := []string{"java", heap, "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Djava.net.preferIPv4Stack=true"}
-	return append(append(all, options...), "-cp", filepath.Join(dir, "*"))
+	return append(append(all, options...), "-cp", classPath)
 }
+
+func jars(dir string) string { return filepath.Join(dir, "*") }

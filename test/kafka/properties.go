@@ -70,6 +70,9 @@ func (c *Cluster) properties(b *broker) map[string]string {
 		p["authorizer.class.name"] = "org.apache.kafka.metadata.authorizer.StandardAuthorizer"
 		p["super.users"] = strings.Join(append([]string{"User:" + Admin}, c.opts.SuperUsers...), ";")
 	}
+	if c.opts.Telemetry {
+		p["metric.reporters"] = "TelemetryReceiver"
+	}
 	if c.opts.Racks {
 		p["broker.rack"] = "RACK" + strconv.Itoa(b.id) // librdkafka's tests know it
 		p["replica.selector.class"] = "org.apache.kafka.common.replica.RackAwareReplicaSelector"
