@@ -124,7 +124,12 @@ func (r *report) document() (string, error) {
 	}
 	s.WriteString(documentDifferences)
 	for _, d := range differences {
-		fmt.Fprintf(&s, "| %s | %s |\n", strings.Join(d.Fields, ", "), d.Reason)
+		what := strings.Join(d.Fields, ", ")
+		if d.Scenario != "" {
+			api, sentence, _ := strings.Cut(d.Scenario, "/")
+			what = fmt.Sprintf("%s, %s: %s, klamm %s", api, strings.ReplaceAll(sentence, "-", " "), d.Codes[0], d.Codes[1])
+		}
+		fmt.Fprintf(&s, "| %s | %s |\n", what, d.Reason)
 	}
 	s.WriteString(documentOthers)
 	s.WriteString(documentMasked)
@@ -186,21 +191,15 @@ They are left out of ApiVersions and refused with UNSUPPORTED_VERSION: who speak
 const documentDifferences = `
 ## Deliberate differences
 
-Never an error code, the level at which it stands, or the name or id of what it is about.
+Texts, and error codes in cases that the run asks one by one. The name or id of what a refusal is about never differs.
 
-| field | why it differs |
+| what | why it differs |
 | --- | --- |
 `
 
 const documentOthers = `
-## Where releases of Kafka differ among themselves, or fail
+What the run does not ask, because brokers give no answer or another each time:
 
-Here the comparison is with the brokers that do better; a client of the others can tell.
-
-- ShareFetch and ShareAcknowledge of a topic id that nobody has: a broker with an authorizer (4.4.0) fails with
-  UNKNOWN_SERVER_ERROR for all topics asked for. klamm answers UNKNOWN_TOPIC_ID for that one, as a broker without.
-- AlterConfigs and IncrementalAlterConfigs of a broker's settings by somebody who may not: Kafka 3.9 looks at the change
-  first (INVALID_REQUEST), newer ones at the rights. So does klamm, whatever the release.
 - DescribeUserScramCredentials of all users (null) by somebody who may not: brokers fail and never answer. klamm
   refuses it.
 - DescribeDelegationToken before version 3 does not tell who asked for a token. Who did, and is neither its owner nor a
