@@ -128,7 +128,7 @@ func check(ctx context.Context, o options, out io.Writer) (err error) {
 		if err != nil {
 			return fmt.Errorf("%s: %w", s.name, err)
 		}
-		total.passed, total.failed = total.passed+c.passed, total.failed+c.failed
+		total.add(c)
 	}
 	kept := fmt.Sprintf("what the tests said is in %s\n", dir)
 	if total.failed == 0 && o.dir == "" {
@@ -138,10 +138,7 @@ func check(ctx context.Context, o options, out io.Writer) (err error) {
 	if err := errors.Join(err, werr); err != nil {
 		return err
 	}
-	if total.failed > 0 {
-		return fmt.Errorf("%d tests end differently through the node", total.failed)
-	}
-	return nil
+	return total.err()
 }
 
 // makeDir makes the directory of everything. The workload's user runs the tests in it.

@@ -68,6 +68,7 @@ func TestTestsAreComparedByTheWaysTheyEnd(t *testing.T) {
 		"alike when run again":                   {"PASSED PASSED PASSED", "FAILED PASSED PASSED", false},
 		"differently when run again":             {"PASSED PASSED PASSED", "FAILED PASSED FAILED", true},
 		"in several ways on both paths":          {"PASSED FAILED PASSED", "FAILED PASSED FAILED", false},
+		"in several ways direct, well by node":   {"PASSED FAILED PASSED", "FAILED PASSED PASSED", false},
 		"in several ways direct, in one by node": {"PASSED FAILED PASSED", "FAILED FAILED FAILED", true},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -87,12 +88,14 @@ func TestTheReportCountsWhatRan(t *testing.T) {
 		shows        string
 	}{
 		"passed on both paths":  {one(passed, ""), one(passed, ""), count{1, 0}, "equal"},
-		"failed on both paths":  {one(failed, ""), one(failed, ""), count{1, 0}, "equal"},
+		"failed on both paths":  {one(failed, ""), one(failed, ""), count{0, 1}, "FAILS DIRECT TOO"},
+		"aborted on both paths": {one(aborted, ""), one(aborted, ""), count{0, 1}, "ABORTED DIRECT TOO"},
 		"skipped by the node":   {one(passed, ""), one(skipped, "no"), count{0, 1}, "DIFFERENT"},
 		"skipped otherwise":     {one(skipped, "no"), one(skipped, "yes"), count{0, 1}, "DIFFERENT"},
 		"skipped on both paths": {one(skipped, "no"), one(skipped, "no"), count{}, "not counted: no"},
 		"left out by flags":     {one(skipped, unasked), one(skipped, unasked), count{}, "left out"},
-		"direct only":           {one(failed, ""), nil, count{0, 1}, "direct only"},
+		"failed direct only":    {one(failed, ""), nil, count{0, 1}, "direct only"},
+		"passed direct only":    {one(passed, ""), nil, count{1, 0}, "direct only"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := result{group{"0001", []string{"0001_a"}}, map[path][]endings{direct: c.direct, node: c.node}}
@@ -104,5 +107,36 @@ func TestTheReportCountsWhatRan(t *testing.T) {
 				t.Errorf("%q is not in\n%s", c.shows, &out)
 			}
 		})
+	}
+}
+
+func TestWhatIsKnownToFailDirectIsNoFailure(t *testing.T) {
+	fails := map[string]string{"0001_a": "of old age"}
+	for name, c := range map[string]struct {
+		direct, node string
+		want         count
+		shows        string
+	}{
+		"it fails":        {failed, failed, count{}, "equal, fails direct too: of old age"},
+		"it does not":     {passed, passed, count{1, 0}, "equal"},
+		"only direct":     {failed, passed, count{0, 1}, "DIFFERENT"},
+		"only by node":    {passed, failed, count{0, 1}, "DIFFERENT"},
+		"it crashes":      {aborted, aborted, count{0, 1}, "ABORTED DIRECT TOO"},
+		"it skips itself": {skipped, skipped, count{}, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := result{by: map[path][]endings{direct: {{"0001_a": {state: c.direct}}}, node: {{"0001_a": {state: c.node}}}}}
+			if got, remark := r.verdict("0001_a", fails); got != c.want || !strings.Contains(remark, c.shows) {
+				t.Errorf("%+v, %s", got, remark)
+			}
+		})
+	}
+}
+
+func TestTheTotalIsOfWhatPassed(t *testing.T) {
+	for c, ok := range map[count]bool{{1, 0}: true, {0, 0}: false, {0, 1}: false, {1, 1}: false} {
+		if err := c.err(); (err == nil) != ok {
+			t.Errorf("%+v: %v", c, err)
+		}
 	}
 }
