@@ -36,6 +36,7 @@ func TestTestsAreComparedByTheWaysTheyEnd(t *testing.T) {
 		"unstable on both paths":       {[]string{"pass/fail", "fail/pass", "pass/fail"}, "", count{1, 0}, "equal"},
 		"unstable direct only":         {[]string{"pass/fail", "fail/pass", "pass/pass"}, "", count{1, 0}, "equal"},
 		"unstable direct, never by it": {[]string{"pass/fail", "fail/fail", "pass/fail"}, "", count{0, 1}, "DIFFERENT"},
+		"unstable direct at first":     {[]string{"fail/pass", "pass/fail", "pass/pass"}, "", count{1, 0}, "equal"},
 		"skipped when run alone":       {[]string{"pass/fail", "skip/skip", "skip/skip"}, "", count{0, 1}, "DIFFERENT"},
 		"failed on both paths":         {[]string{"fail/fail"}, "", count{0, 1}, "FAILS DIRECT TOO"},
 		"known to fail":                {[]string{"fail/fail"}, "why", count{}, "fails direct too: why"},
