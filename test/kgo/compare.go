@@ -109,10 +109,9 @@ func (o outcomes) ways(name string, by path) []string {
 }
 
 func (o outcomes) differs(name string) bool {
-	n := o.ways(name, node)
 	foreign := func(end string) bool { return !slices.Contains(o[name][direct], end) }
-	return slices.ContainsFunc(n, foreign) ||
-		slices.Contains(o.ways(name, direct), passed) && !slices.Contains(n, passed)
+	return slices.ContainsFunc(o.ways(name, node), foreign) ||
+		slices.Contains(o.ways(name, direct), passed) && !slices.Contains(o[name][node], passed)
 }
 
 // verdict says what the endings of a test show. None is known to fail or to panic direct.

@@ -68,6 +68,7 @@ func TestTestsAreComparedByTheWaysTheyEnd(t *testing.T) {
 		"alike when run again":                   {"PASSED PASSED PASSED", "FAILED PASSED PASSED", false},
 		"differently when run again":             {"PASSED PASSED PASSED", "FAILED PASSED FAILED", true},
 		"in several ways on both paths":          {"PASSED FAILED PASSED", "FAILED PASSED FAILED", false},
+		"by node well only at first":             {"FAILED PASSED FAILED", "PASSED FAILED FAILED", false},
 		"in several ways direct, at first":       {"FAILED PASSED PASSED", "PASSED FAILED PASSED", false},
 		"in several ways direct, well by node":   {"PASSED FAILED PASSED", "FAILED PASSED PASSED", false},
 		"in several ways direct, in one by node": {"PASSED FAILED PASSED", "FAILED FAILED FAILED", true},
