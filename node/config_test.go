@@ -302,7 +302,7 @@ func TestWhatIsWrongIsSaidWithLineAndColumn(t *testing.T) {
 		"less memory than one frame": {
 			smallest + "limits: {memory: 99MiB}", `2:18: want at least 410MiB`},
 		"more frame than memory": {
-			smallest + "limits: {max-frame: 512MiB}", `2:9: want at least 1639MiB`},
+			smallest + "limits: {max-frame: 512MiB}", `2:9: want at least 2049MiB`},
 		"no connections": {
 			smallest + "limits: {connections: 0}", `2:23: want at least 1`},
 		"a timeout in plain numbers": {

@@ -427,7 +427,7 @@ func TestManyLargeFramesStayWithinTheMemoryLimit(t *testing.T) {
 		slack     = 64 << 20
 	)
 	broker := stage.StartBroker(t)
-	n := start(t, broker.Addr(), stage.Config{"limits": fmt.Sprintf("{max-frame: %d, memory: %d}", 16<<20, limit)})
+	n := start(t, broker.Addr(), stage.Config{"limits": fmt.Sprintf("{max-frame: %d, memory: %d}", 15<<20, limit)})
 	w := n.Workload(stage.OrdersUID)
 	before := heapInUse()
 	announce := request(produce(oneRecord), func(frame []byte) {
