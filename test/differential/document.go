@@ -162,14 +162,14 @@ func prefixed(prefix string, all []string) (out []string) {
 
 const documentHead = `# Kafka compatibility
 
-A client cannot tell whether a broker with ACLs refused it or klamm did. This page is made by
+A client cannot tell whether a broker with ACLs refused it or klamm did, but in the cases listed here. This page is made by
 ` + "`go run ./test/differential -doc`" + ` from the version table and the last whole run of
 ` + "`make verify-fidelity`" + `.
 
 That run asks two clusters the same requests: one with StandardAuthorizer and ACLs (ALLOW and DENY; literal, prefixed
 and wildcard names; bound to hosts) directly, and one without an authorizer through a node whose policy
-` + "`klamm policy import-acls`" + ` made from the same ACLs. Their answers are compared field by field, on Kafka %s: %d
-plays of scenarios and random requests, all alike.
+` + "`klamm policy import-acls`" + ` made from the same ACLs. Their answers are compared field by field, on Kafka %s:
+%d plays of scenarios and random requests, all alike but for the [differences](#deliberate-differences) below.
 
 ## APIs
 
