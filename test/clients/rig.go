@@ -42,6 +42,7 @@ type rig struct {
 	direct     *cgroup
 	meters     map[string]*meter // by path
 	tools      func() error      // stages Kafka's Java tools, once
+	counted    []int64           // where the words of the application whose turn it is begin, see wordTurn
 }
 
 func newRig(ctx context.Context, direct, mutate bool) (_ *rig, err error) {
