@@ -145,7 +145,8 @@ func (s *session) edit(p *pending, frame []byte) ([]byte, error) {
 	p.ctx.Missing, p.ctx.Resolved = nil, false
 	p.edit(p.ctx, resp)
 	if len(p.ctx.Missing) > 0 {
-		s.memory.decoding.Release(weight) // which others may need meanwhile
+		s.memory.decoding.Release(weight) // others may need it meanwhile
+		weight = 0
 		s.resolve(p.ctx)
 		p.ctx.Checks = p.ctx.Checks[:checks]
 		if resp, weight, err = s.decode(p, frame); err != nil {
