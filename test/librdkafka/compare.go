@@ -75,8 +75,7 @@ func (s *suite) compare(ctx context.Context, groups []group) ([]result, error) {
 	if err != nil {
 		return nil, err
 	}
-	fails := failsDirect[s.name]
-	doubtful := slices.DeleteFunc(slices.Clone(results), func(r result) bool { return !r.doubtful(fails) })
+	doubtful := slices.DeleteFunc(slices.Clone(results), func(r result) bool { return !r.doubtful(s.name) })
 	for attempt := range reruns {
 		if err := s.runAgain(ctx, doubtful, attempt+1, direct, node); err != nil {
 			return nil, err
@@ -132,15 +131,21 @@ func (r *result) failure(name string, by path) string {
 // unasked is why the suite skips what its flags leave out: tests that need no broker, and those with known issues.
 const unasked = "Filtered due to negative test flags"
 
-// verdict says what the endings of a test show, if fails tells the tests that fail direct, and why. Without remark
-// there is nothing to show: the test is not of this scenario.
-func (r *result) verdict(name string, fails map[string]string) (c count, remark string) {
-	ways, why := last(r.ways(name, direct)), fails[name]
-	end := ways[len(ways)-1]
+// verdict says what the endings of a test show in a setting. Without remark there is nothing to show: the test is not
+// of this scenario.
+func (r *result) verdict(name, setting string) (c count, remark string) {
+	ways := last(r.ways(name, direct))
+	end, fails := ways[len(ways)-1], failsDirect[setting][name]
+	bad := func(e ending) bool { return e.state == failed || e.state == aborted }
 	remark = "equal"
-	if r.by[node] == nil {
+	switch {
+	case refused[setting][name] != "" && r.by[node] != nil:
+		return count{}, "not counted: klamm refuses " + refused[setting][name]
+	case fails != "" && slices.ContainsFunc(ways, bad):
+		return count{}, "fails direct too: " + fails
+	case r.by[node] == nil:
 		remark = "direct only"
-	} else if r.differs(name) {
+	case r.differs(name):
 		return count{failed: 1}, "DIFFERENT"
 	}
 	switch {
@@ -150,15 +155,13 @@ func (r *result) verdict(name string, fails map[string]string) (c count, remark 
 		return count{}, ""
 	case end.state == skipped:
 		return count{}, "not counted: " + end.reason
-	case why == "":
-		return count{failed: 1}, remark + ", " + end.state + " DIRECT TOO, which is not known of it"
 	}
-	return count{}, remark + ", fails direct too: " + why
+	return count{failed: 1}, remark + ", " + end.state + " DIRECT TOO, which is not known of it"
 }
 
-func (r *result) doubtful(fails map[string]string) bool {
+func (r *result) doubtful(setting string) bool {
 	return slices.ContainsFunc(r.names, func(name string) bool {
-		c, _ := r.verdict(name, fails)
+		c, _ := r.verdict(name, setting)
 		return c.failed > 0
 	})
 }
@@ -174,7 +177,7 @@ func report(results []result, setting string, out io.Writer) (total count, err e
 	row("setting", "test", string(direct), string(node), "")
 	for _, r := range results {
 		for _, name := range r.names {
-			c, remark := r.verdict(name, failsDirect[setting])
+			c, remark := r.verdict(name, setting)
 			switch {
 			case remark == "":
 				continue
