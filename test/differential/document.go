@@ -162,9 +162,8 @@ func prefixed(prefix string, all []string) (out []string) {
 
 const documentHead = `# Kafka compatibility
 
-A client cannot tell whether a broker with ACLs refused it or klamm did, but in the cases listed here. This page is
-made by
-` + "`go run ./test/differential -doc`" + ` from the version table and the last whole run of
+A client cannot tell whether a broker with ACLs refused it or klamm did, but in the cases listed here. This page is made
+by ` + "`go run ./test/differential -doc`" + ` from the version table and the last whole run of
 ` + "`make verify-fidelity`" + `.
 
 That run asks two clusters the same requests: one with StandardAuthorizer and ACLs (ALLOW and DENY; literal, prefixed
@@ -175,8 +174,9 @@ and wildcard names; bound to hosts) directly, and one without an authorizer thro
 ## APIs
 
 Versions are those klamm speaks: none that Kafka 4.0 has dropped (KIP-896), also before older brokers. Of what a client
-asks for, it is shown what the broker speaks too. Where the columns of Kafka have fewer, that release has fewer. Compared answers are counted by what came of them (allowed, partly refused,
-denied) and by what was asked (by name, by topic id, an unknown topic, an empty list, a null one).
+asks for, it is shown what the broker speaks too. Where the columns of Kafka have fewer, that release has fewer.
+Compared answers are counted by what came of them (allowed, partly refused, denied) and by what was asked (by name, by
+topic id, an unknown topic, an empty list, a null one).
 
 `
 
