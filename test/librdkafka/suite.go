@@ -86,7 +86,7 @@ func (s *suite) list(ctx context.Context, matching *regexp.Regexp) ([]group, err
 }
 
 // processLimit ends tests that hang: those that do not take two minutes at most.
-const processLimit = 5 * time.Minute
+const processLimit = 3 * time.Minute
 
 // start runs tests in a process of their own, as the suite ends the process when one test is out of time. It returns
 // the directory with what they left and said, and whether nothing failed: exit code 0.
