@@ -26,4 +26,4 @@ var refused = map[string]map[string]string{
 	"old": {"0052_msg_timestamps": "Produce below version 3, as brokers since 4.0 (KIP-896)"},
 }
 
-const tooSmall = "Kafka 4 does not create a topic with its segment.bytes, below 1 MiB (KIP-1030)"
+const tooSmall = "Kafka 4 and its tools create no topic with its segment.bytes, below 1 MiB (KIP-1030)"
