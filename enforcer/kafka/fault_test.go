@@ -388,11 +388,7 @@ func TestAnAnswerOfWhichTheRestDoesNotComeIsRefused(t *testing.T) {
 			for cut := 1; size == 0 || cut < size; cut += 1 + size/20 {
 				synctest.Test(t, func(t *testing.T) {
 					rig := newRig(t, ordersOnly)
-					client, served := net.Pipe()
-					dialled, broker := net.Pipe()
-					ended := make(chan error, 1)
-					conn := rig.conn(served, dialled)
-					go func() { ended <- Serve(context.Background(), rig.shared, conn) }()
+					client, broker, ended := rig.servePipes()
 					go func() { _, _ = client.Write(requestFrame(1, request())) }()
 					go func() { _, _ = io.Copy(io.Discard, client) }()
 					b, err := (&peer{in: bufio.NewReader(broker)}).frame()
@@ -421,6 +417,16 @@ func TestAnAnswerOfWhichTheRestDoesNotComeIsRefused(t *testing.T) {
 	}
 }
 
+// servePipes serves a connection in a bubble, where time costs nothing.
+func (r *rig) servePipes() (client, broker net.Conn, ended <-chan error) {
+	client, served := net.Pipe()
+	dialled, broker := net.Pipe()
+	end := make(chan error, 1)
+	conn := r.conn(served, dialled)
+	go func() { end <- Serve(context.Background(), r.shared, conn) }()
+	return client, broker, end
+}
+
 // waited waits where time costs nothing.
 func waited(ended <-chan error) <-chan error {
 	again := make(chan error, 1)
@@ -446,11 +452,7 @@ func parsed(t testing.TB, b []byte) (wire.Header, kmsg.Request) {
 func TestARefusedClientThatTakesNothingIsGivenUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		rig := newRig(t, ordersOnly)
-		client, served := net.Pipe()
-		dialled, broker := net.Pipe()
-		ended := make(chan error, 1)
-		conn := rig.conn(served, dialled)
-		go func() { ended <- Serve(context.Background(), rig.shared, conn) }()
+		client, broker, ended := rig.servePipes()
 		heartbeat := handlings["relayed"]()
 		go func() {
 			_, _ = client.Write(append(requestFrame(1, heartbeat), requestFrame(2, produceRequest(9, 0, nil, "secret"))...))
@@ -481,11 +483,7 @@ func TestARequestOfWhichTheRestDoesNotComeIsRefused(t *testing.T) {
 	for cut := 1; cut < len(frame); cut += 7 {
 		synctest.Test(t, func(t *testing.T) {
 			rig := newRig(t, ordersOnly)
-			client, served := net.Pipe()
-			dialled, broker := net.Pipe()
-			ended := make(chan error, 1)
-			conn := rig.conn(served, dialled)
-			go func() { ended <- Serve(context.Background(), rig.shared, conn) }()
+			client, broker, ended := rig.servePipes()
 			time.Sleep(time.Hour) // idle it may be
 			if _, err := client.Write(frame[:cut]); err != nil {
 				t.Fatal(err)

@@ -36,6 +36,7 @@ var checks = []check{
 	{"a fetch answer of 100 MiB", largeFetch},
 	{"300 readers at 1 KB/s hold no answers", slowReaders},
 	{"5,000 idle connections", idle},
+	{"a reader that pauses within an answer gets all of it", pausedReader},
 	{"slow readers of answers that are held give way", slowHeld},
 	{"who announces large frames gives way to others", greedy},
 	{"a produce of 100 MiB", largeProduce},

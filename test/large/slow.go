@@ -216,6 +216,39 @@ func (w *world) allOpen(n int) error {
 	return err
 }
 
+// pausedReader stops for longer than the rest of a frame may take to come: that is not the broker's fault.
+func pausedReader(ctx context.Context, w *world) (string, error) {
+	const size, pause = 50 * mib, 40 * time.Second // more than sockets hold
+	offset, err := w.store(batch(size))
+	if err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("after %v", pause), w.once(func(c *conn) error {
+		req := fetch(offset, size, large)
+		id, err := c.send(req)
+		if err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(pause):
+		}
+		if err := c.SetDeadline(time.Now().Add(patience)); err != nil {
+			return err
+		}
+		resp, err := c.receive(id, req)
+		if err != nil {
+			return err
+		}
+		topics := resp.(*kmsg.FetchResponse).Topics
+		if len(topics) != 1 || len(topics[0].Partitions[0].RecordBatches) < size*9/10 {
+			return fmt.Errorf("%d topics came, not all records", len(topics))
+		}
+		return nil
+	})
+}
+
 // slowHeld are consumers of answers that are held, because a refusal is merged into them: more than there is memory
 // for.
 func slowHeld(ctx context.Context, w *world) (string, error) {
